@@ -1,0 +1,31 @@
+"""Cosmos-1 world foundation models (arXiv 2501.03575), native to Hugging Face.
+
+Public names are resolved on first use (PEP 562), so `import cosmos_hf` costs a millisecond and loads no torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
+    "CosmosText2WorldPipeline": "pipelines.text2world",
+    "CosmosVideo2WorldPipeline": "pipelines.video2world",
+    "CosmosVideoTokenizer": "models.autoencoder_cosmos",
+    "CosmosWorldTransformer3D": "models.transformer_cosmos",
+    "nano_path": "nano",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cosmos_hf' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"cosmos_hf.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

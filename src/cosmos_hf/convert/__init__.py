@@ -1,0 +1,1 @@
+"""Published checkpoints of the reference implementation to our classes, and back."""

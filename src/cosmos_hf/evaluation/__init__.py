@@ -1,0 +1,1 @@
+"""Metrics of reconstruction and of generated worlds."""

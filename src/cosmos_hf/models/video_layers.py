@@ -1,0 +1,215 @@
+"""Layers of the causal video tokenizer (arXiv 2501.03575, section 3.1): wavelet patches, convolutions, attention.
+
+Axes: B batch, T frames, H and W height and width, C channels. Activations are **channels-last**, [B, T, H, W, C]:
+then a 1x1x1 convolution is a matrix product, a 1x3x3 one is a time-batched 2-D convolution and a 3x1x1 one is a matrix
+product with three shifted sums; on a processor this is several times faster than a 3-D convolution.
+
+A layer that looks back in time takes `stream`, a `StreamState` or None. With None the clip starts here: the past is
+the first frame repeated. With a state the layer continues where the last chunk ended, so coding a clip chunk by
+chunk equals coding it in one go.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class StreamState(dict):
+    """What each layer remembers between chunks of one clip, keyed by the layer; `first` until a chunk has passed."""
+
+    first = True
+
+
+def haar_patch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
+    """3-D Haar wavelet patches: [B, T, H, W, C] -> [B, 1 + (T - 1) / p, H / p, W / p, C p^3], p = patch_size.
+
+    Every band is an average or a half difference. At a clip's start (`first`) frame 0 is repeated p times, so that it
+    fills a patch alone.
+    Channel order: band of the last pass slowest, within a pass time, height, width; then the input channels.
+    """
+    if first:
+        x = torch.cat([x[:, :1].expand(-1, patch_size - 1, -1, -1, -1), x], dim=1)
+    for _ in range(patch_size.bit_length() - 1):
+        for axis in (1, 2, 3):
+            a, b = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+            x = torch.stack([a + b, a - b], dim=-2) * 0.5
+        x = x.flatten(-4)  # [B, T, H, W, t h w C]
+    return x
+
+
+def haar_unpatch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
+    """Exact inverse of `haar_patch`; drops the p - 1 repeated frames at a clip's start."""
+    for _ in range(patch_size.bit_length() - 1):
+        x = x.unflatten(-1, (2, 2, 2, -1))  # [B, T, H, W, t, h, w, C]
+        for axis in (3, 2, 1):
+            low, high = x.unbind(-2)
+            x = torch.stack([low + high, low - high], dim=axis + 1).flatten(axis, axis + 1)
+    return x[:, patch_size - 1 :] if first else x
+
+
+class CausalConv3d(nn.Module):
+    """A convolution with kernel (1, k, k), (3, 1, 1) or (1, 1, 1); weights are stored as a 3-D convolution's.
+
+    In space the border is zero; in time the past of the first frame is that frame itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], padding: int | None = None):
+        super().__init__()
+        layer = nn.Conv3d(in_channels, out_channels, kernel)  # for its initialisation
+        self.weight, self.bias = layer.weight, layer.bias
+        self.temporal = kernel[0] > 1
+        self.padding = kernel[1] // 2 if padding is None else padding
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None, stride: int = 1) -> torch.Tensor:
+        if self.temporal:
+            return self._temporal_downsample(x, stream) if stride == 2 else self._temporal(x, stream)
+        if self.weight.shape[-1] == 1:
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        batch, frames = x.shape[:2]
+        weight = self.weight.squeeze(2).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, self.bias, stride, self.padding)
+        return y.permute(0, 2, 3, 1).unflatten(0, (batch, frames))
+
+    def _temporal(self, x: torch.Tensor, stream: StreamState | None) -> torch.Tensor:
+        """y[t] = W0 x[t-2] + W1 x[t-1] + W2 x[t]: each frame times all three at once, then shifted and summed."""
+        products = F.linear(x, self.weight[..., 0, 0].permute(2, 0, 1).flatten(0, 1))  # [B, T, H, W, 3 C]
+        past = stream.get(self) if stream is not None else None
+        if past is None:
+            past = products[:, :1].expand(-1, 2, -1, -1, -1)
+        products = torch.cat([past, products], dim=1)
+        if stream is not None:
+            stream[self] = products[:, -2:].clone()
+        oldest, older, now = products.chunk(3, dim=-1)
+        return oldest[:, :-2] + older[:, 1:-1] + now[:, 2:] + self.bias
+
+    def _temporal_downsample(self, x: torch.Tensor, stream: StreamState | None) -> torch.Tensor:
+        """Stride 2, plus the mean of the two newest frames of each window: output k sees x[2k-2], x[2k-1], x[2k]."""
+        past = stream.get(self) if stream is not None else None
+        x = torch.cat([x[:, :1].expand(-1, 2, -1, -1, -1) if past is None else past, x], dim=1)
+        if stream is not None:
+            stream[self] = x[:, -1:].clone()
+        oldest, older, now = x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]
+        weight = self.weight[..., 0, 0].permute(0, 2, 1).flatten(1)
+        return F.linear(torch.cat([oldest, older, now], dim=-1), weight, self.bias) + (older + now) * 0.5
+
+
+class FactorizedConv(nn.Sequential):
+    """A spatial 1x3x3 and then a temporal 3x1x1 convolution, no activation between."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(
+            CausalConv3d(in_channels, out_channels, (1, 3, 3)), CausalConv3d(out_channels, out_channels, (3, 1, 1))
+        )
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        return self[1](self[0](x), stream)
+
+
+class FrameNorm(nn.Module):
+    """Group normalisation with one group, statistics per frame over H, W and C: no frame sees another."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[2:], eps=1e-6), self.weight)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = FrameNorm(in_channels)
+        self.conv1 = FactorizedConv(in_channels, out_channels)
+        self.norm2 = FrameNorm(out_channels)
+        self.conv2 = FactorizedConv(out_channels, out_channels)
+        changes = in_channels != out_channels
+        self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1)) if changes else nn.Identity()
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), stream)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)), stream)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention with a residual: over the positions of each frame, or over time at each position."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.temporal = temporal
+        self.norm = FrameNorm(channels)
+        self.to_q, self.to_k, self.to_v, self.to_out = (CausalConv3d(channels, channels, (1, 1, 1)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        out = self._over_time(q, k, v, stream) if self.temporal else self._over_space(q, k, v)
+        return x + self.to_out(out)
+
+    def _over_space(self, q, k, v):
+        size = q.shape[2:4]
+        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # [B, T, H W, C]
+        return F.scaled_dot_product_attention(q, k, v).unflatten(2, size)
+
+    def _over_time(self, q, k, v, stream):
+        """Causal over the whole clip, with no window: a stream must keep all keys and values."""
+        if stream is not None:
+            if self in stream:
+                k, v = (torch.cat([past, new], dim=1) for past, new in zip(stream[self], (k, v), strict=True))
+            stream[self] = (k, v)
+        new, total = q.shape[1], k.shape[1]
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        q, k, v = (t.permute(0, 2, 3, 1, 4) for t in (q, k, v))  # [B, H, W, T, C]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(0, 3, 1, 2, 4)
+
+
+class FactorizedAttention(nn.Sequential):
+    """Spatial attention inside each frame, then causal temporal attention at each position."""
+
+    def __init__(self, channels: int):
+        super().__init__(Attention(channels, temporal=False), Attention(channels, temporal=True))
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        return self[1](self[0](x), stream)
+
+
+class Downsample(nn.Module):
+    """Halve height and width (`spatial`) and frames (`temporal`, 1 + 2k -> 1 + k): strided plus average."""
+
+    def __init__(self, channels: int, spatial: bool, temporal: bool):
+        super().__init__()
+        self.conv1 = CausalConv3d(channels, channels, (1, 3, 3), padding=0) if spatial else None
+        self.conv2 = CausalConv3d(channels, channels, (3, 1, 1)) if temporal else None
+        self.conv3 = CausalConv3d(channels, channels, (1, 1, 1))
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        if self.conv1 is not None:
+            pooled = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+            x = self.conv1(F.pad(x, (0, 0, 0, 1, 0, 1)), stride=2) + pooled
+        if self.conv2 is not None:
+            x = self.conv2(x, stream, stride=2)
+        return self.conv3(x)
+
+
+class Upsample(nn.Module):
+    """Double frames (1 + k -> 1 + 2k) and then height and width by repetition, each with a residual convolution."""
+
+    def __init__(self, channels: int, spatial: bool, temporal: bool):
+        super().__init__()
+        self.conv1 = CausalConv3d(channels, channels, (3, 1, 1)) if temporal else None
+        self.conv2 = CausalConv3d(channels, channels, (1, 3, 3)) if spatial else None
+        self.conv3 = CausalConv3d(channels, channels, (1, 1, 1))
+
+    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
+        if self.conv1 is not None:
+            x = x.repeat_interleave(2, dim=1)
+            if stream is None or stream.first:
+                x = x[:, 1:]  # frame 0 stands alone
+            x = x + self.conv1(x, stream)
+        if self.conv2 is not None:
+            batch, frames, height, width, channels = x.shape
+            x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2, -1)
+            x = x.reshape(batch, frames, 2 * height, 2 * width, channels)
+            x = x + self.conv2(x)
+        return self.conv3(x)

@@ -1,0 +1,1 @@
+"""Pipelines: user input in, video out."""
