@@ -1,0 +1,126 @@
+"""Inputs of the pipelines: text to embeddings, frames to conditioning latents, seeds to noise; and their checks."""
+
+import logging
+
+import torch
+
+from ..data.video import read_video
+
+logger = logging.getLogger(__name__)
+
+
+def encode_text(tokenizer, text_encoder, texts: list[str], max_sequence_length: int, device) -> torch.Tensor:
+    """Texts -> T5 embeddings [len(texts), max_sequence_length, D], zero past each text's end.
+
+    The networks attend to all positions and were trained with zeros there, so the length is part of the model and is
+    not trimmed. A text that does not fit is cut with a warning that shows what was lost.
+    """
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+    )
+    full = tokenizer(texts)["input_ids"]
+    for text, ids in zip(texts, full, strict=True):
+        if len(ids) > max_sequence_length:
+            lost = tokenizer.decode(ids[max_sequence_length - 1 : -1])
+            logger.warning("prompt cut to %d tokens; lost: %r (of %r)", max_sequence_length, lost, text)
+    mask = tokens.attention_mask.to(device)
+    embeds = text_encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
+    return embeds * mask[..., None].to(embeds.dtype)
+
+
+def encode_prompts(
+    pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, batch_size: int, guided: bool, device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(conditional, unconditional or None) embeddings [batch_size, N, D]; no text at all is a tensor of zeros.
+
+    The networks saw zeros for a dropped text in training, so zeros are the unconditional text unless a negative prompt
+    (or its embeddings) takes their place.
+    """
+    length, width = pipe.config.max_sequence_length, pipe.transformer.config.text_embed_dim
+
+    def embed(text, embeds, name):
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            embeds = encode_text(pipe.tokenizer, pipe.text_encoder, texts, length, device)
+        if embeds is None:
+            return torch.zeros(batch_size, length, width, device=device, dtype=pipe.transformer.dtype)
+        if embeds.ndim != 3 or embeds.shape[-1] != width:
+            raise ValueError(f"{name} must be [batch, tokens, {width}], got {tuple(embeds.shape)}")
+        if batch_size % len(embeds):
+            raise ValueError(f"{name} has {len(embeds)} items, which does not divide the batch of {batch_size}")
+        return embeds.repeat_interleave(batch_size // len(embeds), dim=0).to(device, pipe.transformer.dtype)
+
+    conditional = embed(prompt, prompt_embeds, "prompt_embeds")
+    if not guided:
+        return conditional, None
+    unconditional = embed(negative_prompt, negative_prompt_embeds, "negative_prompt_embeds")
+    if torch.equal(conditional, unconditional):
+        raise ValueError(
+            "guidance would do nothing: the prompt and the negative prompt have equal embeddings. "
+            "Give another prompt, or guidance_scale=0."
+        )
+    return conditional, unconditional
+
+
+def check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale: float):
+    """Refuse contradictions among the text arguments before anything is computed."""
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ValueError(f"give {name} or {name}_embeds, not both")
+        if text is not None and not (isinstance(text, str) or all(isinstance(item, str) for item in text)):
+            raise ValueError(f"{name} must be a string or a list of strings, got {type(text).__name__}")
+    negative = negative_prompt is not None or negative_prompt_embeds is not None
+    if negative and guidance_scale == 0:
+        raise ValueError("a negative prompt needs guidance_scale > 0: with 0 it would be ignored")
+    if guidance_scale < 0:
+        raise ValueError(f"guidance_scale must be >= 0 (0 switches guidance off), got {guidance_scale}")
+
+
+def check_size(pipe, height: int, width: int, num_frames: int):
+    """Height and width must be multiples of the tokenizer's factor times the patch; frames 1 + k * factor."""
+    factor = pipe.vae.config.spatial_compression * pipe.transformer.config.patch_size[1]
+    for name, size in (("height", height), ("width", width)):
+        if size <= 0 or size % factor:
+            below, above = size // factor * factor, (size // factor + 1) * factor
+            raise ValueError(f"{name} must be a multiple of {factor}, got {size}: use {below or above} or {above}")
+    check_frame_count("num_frames", num_frames, pipe.vae.config.temporal_compression)
+
+
+def check_frame_count(name: str, count: int, factor: int):
+    if count < 1 or (count - 1) % factor:
+        below = max(0, count - 1) // factor * factor + 1
+        raise ValueError(f"{name} must be 1 + k * {factor}, got {count}: use {below} or {below + factor}")
+
+
+def draw_noise(shape: tuple[int, ...], generator, device) -> torch.Tensor:
+    """Unit noise [B, C, T', H', W'] in float32, item i from its own generator: alone or in a batch, a seed is a video.
+
+    `generator` is None, one generator for the whole batch, or a list of B. Noise is drawn on the generator's device, so a
+    seed on the processor gives the same video on any accelerator.
+    """
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} videos: give one per video, or a single one")
+        return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
+    source = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+
+
+def read_conditioning(image, video, count: int | None, most: int, factor: int, height: int, width: int, fps: float):
+    """One image or video (or a list of them, one per item) -> uint8 frames [B, 3, n, H, W] to continue from.
+
+    A video gives its last n frames, resampled to `fps`; n is `count`, or for None the largest legal number that the
+    shortest video has, at most `most`.
+    """
+    if (image is None) == (video is None):
+        raise ValueError("give exactly one of image and video")
+    if image is not None:
+        if count not in (None, 1):
+            raise ValueError(f"an image is one frame, num_conditioning_frames={count} needs a video")
+        images = image if isinstance(image, (list, tuple)) else [image]
+        clips = [read_video([item], height=height, width=width).frames for item in images]
+        return torch.stack(clips)
+    raise NotImplementedError

@@ -1,0 +1,37 @@
+"""What the pipelines return, and the way from decoded tensors to it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class CosmosPipelineOutput(BaseOutput):
+    """Result of a pipeline.
+
+    `frames`, by `output_type`: "pil" a list (batch) of lists (frames) of PIL images; "np" float32 [B, T, H, W, 3] in
+    [0, 1]; "pt" [B, T, 3, H, W] in [0, 1]; "latent" the sampler's result [B, C, T', H', W'], that is `sigma_data` times
+    the normalised latents (`vae.denormalize(latents / sigma_data)` decodes).
+    `fps`: frames per second that the video was generated for.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[Image.Image]]
+    fps: float
+
+
+def decode_latents(vae, latents: torch.Tensor, sigma_data: float, output_type: str):
+    """The sampler's result [B, C, T', H', W'] -> frames as `output_type` wants them.
+
+    Items are decoded one by one: peak memory does not grow with the batch, and an item does not depend on its neighbours.
+    """
+    if output_type == "latent":
+        return latents
+    latents = vae.denormalize(latents / sigma_data).to(vae.dtype)
+    video = torch.cat([vae.decode(item[None]).sample.float() for item in latents])
+    return VideoProcessor(vae_scale_factor=vae.config.spatial_compression).postprocess_video(video, output_type)

@@ -1,0 +1,56 @@
+"""Captions of table-top episodes from the simulator's state; directions are those that the camera sees."""
+
+import numpy as np
+
+from .tabletop_scene import SceneSpec
+
+SUBJECTS = ("A robot arm", "A robotic arm", "The robot arm", "A robot arm with a two-finger gripper")
+LIFTED, MOVED = 0.08, 0.03  # metres: height and distance that count
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def direction_in_view(move: np.ndarray, camera_axes: np.ndarray) -> str:
+    """World displacement [3] -> words, by the camera's axes (rows right, down, forward), on the table's plane."""
+    right, forward = camera_axes[0][:2], camera_axes[2][:2] / np.linalg.norm(camera_axes[2][:2])
+    across, away = move[:2] @ right, move[:2] @ forward
+    if abs(across) > abs(away):
+        return "to the right" if across > 0 else "to the left"
+    return "away from the camera" if away > 0 else "towards the camera"
+
+
+def caption(
+    scene: SceneSpec,
+    kind: str,
+    target: int,
+    positions: np.ndarray,
+    camera_axes: np.ndarray,
+    rng: np.random.Generator,
+    plan: str | None = None,
+) -> str:
+    """One sentence of what happened: who, which object, where to, and sometimes what stands beside it."""
+    name = scene.objects[target].name
+    moves = positions[-1] - positions[0]  # [N, 3]
+    subject = str(rng.choice(SUBJECTS))
+    distance, height = np.linalg.norm(moves[target][:2]), positions[:, target, 2].max()
+    where = direction_in_view(moves[target], camera_axes)
+    if kind == "pick" and height > LIFTED:
+        landed = positions[-1, target, 2] < LIFTED and distance > MOVED
+        text = f"picks up the {name} and " + (f"puts it down {where}" if landed else "lifts it into the air")
+    elif kind == "pick":
+        text = f"reaches for the {name}"
+    elif kind == "push":
+        text = f"pushes the {name} {where}" if distance > MOVED else f"moves towards the {name}"
+    else:
+        lengths = np.linalg.norm(moves, axis=1)
+        hit = int(lengths.argmax())
+        text = "moves freely above the table"
+        if lengths[hit] > MOVED:
+            target, text = hit, f"bumps into the {scene.objects[hit].name}"
+        elif plan:
+            text = f"moves {plan}, seen from the robot"
+    others = [with_article(thing.name) for i, thing in enumerate(scene.objects) if i != target]
+    beside = f", next to {' and '.join(others)}" if others and rng.random() < 0.7 else ""
+    return f"{subject} {text}{beside}."

@@ -1,0 +1,164 @@
+"""Rendering a split of a world into WebDataset shards, in parallel, resumable and deterministic.
+
+Layout: `<root>/<split>/<split>-00000.tar` with `<key>.mp4`, `<key>.json` and `<key>.npz` per clip, and `<root>/dataset.json`.
+A shard appears under its name only when it is complete.
+"""
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import tarfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+import av
+import numpy as np
+import webdataset
+from tqdm import tqdm
+
+from .render import choose_renderer
+from .tabletop import FPS, HEIGHT, NUM_FRAMES, WIDTH, Episode, simulate
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val_iid", "val_combo", "val_style", "val_view", "val_counterfactual")
+WORLDS = {"tabletop": simulate}
+
+
+def render_split(
+    root: str | Path,
+    split: str,
+    num_clips: int,
+    world: str = "tabletop",
+    seed: int = 0,
+    clips_per_shard: int = 100,
+    num_workers: int = 2,
+    renderer: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Render clips 0..num_clips-1 of a split; complete shards are kept, so a run that was cut short goes on.
+
+    Every clip depends on (seed, split, its index) only. Validation splits carry segmentation masks. `renderer` None takes
+    the best one that runs here. Raises ValueError for an unknown world or split, or where `root` holds data of another
+    world, seed, renderer or shard size.
+    """
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}; there is {', '.join(WORLDS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there is {', '.join(SPLITS)}")
+    renderer = renderer or choose_renderer()
+    folder = Path(root) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_record(Path(root), dict(world=world, seed=seed, renderer=renderer, clips_per_shard=clips_per_shard))
+    jobs = []
+    for number, start in enumerate(range(0, num_clips, clips_per_shard)):
+        path = folder / f"{split}-{number:05d}.tar"
+        count = min(clips_per_shard, num_clips - start)
+        if _clips_in(path) < count:
+            jobs.append((world, path, split, range(start, start + count), seed, renderer))
+    done = num_clips - sum(len(job[3]) for job in jobs)
+    # spawn: a forked process would share the renderer's context. The rng of a clip does not depend on its process.
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=num_clips, initial=done, unit="clip", desc=split, disable=not progress) as bar,
+        ProcessPoolExecutor(min(num_workers, max(1, len(jobs))), mp_context=context) as pool,
+    ):
+        futures = [pool.submit(_render_shard, *job) for job in jobs]
+        for future in as_completed(futures):
+            bar.update(future.result())
+            _update_counts(Path(root))
+    _update_counts(Path(root))
+    return folder
+
+
+def _render_shard(world: str, path: Path, split: str, indices: range, seed: int, renderer: str) -> int:
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    with webdataset.TarWriter(str(partial), mtime=0, user="", group="") as writer:
+        for index in indices:
+            episode = WORLDS[world](split, index, seed=seed, renderer=renderer, masks=split != "train")
+            writer.write(sample_of(episode, world, split, index, seed, renderer))
+    partial.rename(path)
+    return len(indices)
+
+
+def sample_of(episode: Episode, world: str, split: str, index: int, seed: int, renderer: str) -> dict:
+    """A WebDataset sample: bytes by extension."""
+    arrays = dict(
+        actions=episode.actions.astype(np.float32),
+        commands=episode.commands.astype(np.float32),
+        states=episode.states.astype(np.float32),
+        intrinsics=episode.intrinsics.astype(np.float32),
+        extrinsics=episode.extrinsics.astype(np.float32),
+        object_positions=episode.object_positions.astype(np.float32),
+    )
+    if episode.masks is not None:
+        arrays["masks"] = episode.masks
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    record = dict(
+        caption=episode.caption,
+        fps=FPS,
+        num_frames=len(episode.frames),
+        world=world,
+        split=split,
+        index=index,
+        seed=seed,
+        kind=episode.kind,
+        plan=episode.plan,
+        target=episode.target,
+        renderer=renderer,
+        scene=asdict(episode.scene),
+    )
+    return {
+        "__key__": f"{world}-{split}-{index:06d}",
+        "mp4": encode_mp4(episode.frames, FPS),
+        "json": json.dumps(record).encode(),
+        "npz": packed.getvalue(),
+    }
+
+
+def encode_mp4(frames: np.ndarray, fps: int, crf: int = 14) -> bytes:
+    """uint8 [T, H, W, 3] -> h264 bytes; one thread, so that equal frames give equal bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": str(crf), "preset": "medium", "threads": "1"}
+        )
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _clips_in(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with tarfile.open(path) as archive:
+        return sum(name.endswith(".json") for name in archive.getnames())
+
+
+def _check_record(root: Path, settings: dict):
+    """One folder holds one world, seed and renderer: mixing them would go unnoticed in training."""
+    path = root / "dataset.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        different = {key: (record[key], value) for key, value in settings.items() if record[key] != value}
+        if different:
+            changes = ", ".join(f"{key}={old!r} there, {new!r} asked" for key, (old, new) in different.items())
+            raise ValueError(f"{path} is of another rendering ({changes}); choose another folder or the same settings")
+        return
+    size = dict(height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS)
+    path.write_text(json.dumps({**settings, **size, "clips": {}}, indent=2))
+
+
+def _update_counts(root: Path):
+    path = root / "dataset.json"
+    record = json.loads(path.read_text())
+    for folder in sorted(root.iterdir()):
+        if folder.name in SPLITS:
+            record["clips"][folder.name] = sum(_clips_in(shard) for shard in folder.glob("*.tar"))
+    path.write_text(json.dumps(record, indent=2))

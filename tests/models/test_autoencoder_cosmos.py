@@ -1,0 +1,180 @@
+"""The video tokenizer: sizes, causality, streaming, statistics, save and load. Parity with the reference: tests/convert."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+
+GEOMETRIES = {
+    "4x8x8": dict(temporal_compression=4),
+    "8x8x8": dict(),
+    "8x16x16": dict(spatial_compression=16),
+    "4x8x8 patch 2": dict(temporal_compression=4, patch_size=2),
+}
+
+
+def tiny(**changes):
+    return CosmosVideoTokenizer(**{**PRESETS["tiny"], **changes}).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(0)
+    return tiny()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_geometry_round_trip_of_shapes(geometry):
+    model = tiny(**{"temporal_compression": 8, **GEOMETRIES[geometry]})
+    time, space = model.config.temporal_compression, model.config.spatial_compression
+    video = torch.rand(2, 3, 1 + 2 * time, 2 * space, 3 * space) * 2 - 1
+    latents = model.encode(video).latents
+    assert latents.shape == (2, 16, 3, 2, 3)
+    assert model.decode(latents).sample.shape == video.shape
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    with torch.device("meta"):
+        CosmosVideoTokenizer(**PRESETS[name])
+
+
+@pytest.mark.parametrize("num_frames", range(1, 34))
+def test_any_frame_count_comes_back(tokenizer, num_frames):
+    """n frames in, n frames out: padded once before encoding, cropped once after decoding."""
+    video = torch.rand(1, 3, num_frames, 8, 8) * 2 - 1
+    latents = tokenizer.encode(video, pad_frames=True).latents
+    assert latents.shape[2] == tokenizer.latent_frames(num_frames)
+    assert tokenizer.decode(latents, num_frames=num_frames).sample.shape == video.shape
+    if (num_frames - 1) % 4:
+        with pytest.raises(ValueError, match=rf"got {num_frames}; the nearest legal is .*pad_frames=True"):
+            tokenizer.encode(video)
+    else:
+        assert torch.equal(tokenizer.encode(video).latents, latents)
+
+
+def test_wrong_inputs_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="height must be a multiple of 8, got 20; the nearest legal is 16 or 24"):
+        tokenizer.encode(torch.zeros(1, 3, 1, 20, 16))
+    with pytest.raises(ValueError, match="the nearest legal is 5 or 9"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 16, 16))
+    with pytest.raises(ValueError, match="floating point"):
+        tokenizer.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"video must be \[B, 3, T, H, W\]"):
+        tokenizer.encode(torch.zeros(3, 1, 16, 16))
+    with pytest.raises(ValueError, match="not held by 2 latent frames"):
+        tokenizer.decode(torch.zeros(1, 16, 2, 2, 2), num_frames=6)
+    with pytest.raises(ValueError, match="continuous"):
+        tokenizer.decode_indices(torch.zeros(1, 1, 2, 2, dtype=torch.long))
+
+
+def test_impossible_configs_are_refused():
+    with pytest.raises(ValueError, match="patch_size=2 with 3 decoder levels cannot reach"):
+        tiny(patch_size=2, temporal_compression=8)
+    with pytest.raises(ValueError, match="must equal the number of fsq_levels"):
+        tiny(quantizer="fsq")
+
+
+def test_causal(tokenizer):
+    """Later frames do not touch earlier latents, nor later latents earlier frames."""
+    video = torch.rand(1, 3, 9, 16, 16)
+    changed = video.clone()
+    changed[:, :, 5:] = torch.rand(1, 3, 4, 16, 16)
+    a, b = (tokenizer.encode(v).latents for v in (video, changed))
+    torch.testing.assert_close(a[:, :, :2], b[:, :, :2], atol=5e-7, rtol=0)
+    assert (a[:, :, 2] - b[:, :, 2]).abs().max() > 1e-5
+    c = a.clone()
+    c[:, :, 2] += 1
+    torch.testing.assert_close(tokenizer.decode(a).sample[:, :, :5], tokenizer.decode(c).sample[:, :, :5])
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunks=st.lists(st.integers(1, 3), min_size=1, max_size=4), first=st.integers(0, 2))
+@pytest.mark.parametrize("name", ["4x8x8", "8x8x8"])
+def test_streaming_equals_one_shot(name, chunks, first):
+    torch.manual_seed(0)
+    model = tiny(**{"temporal_compression": 8, **GEOMETRIES[name]}, attn_resolutions=(128,)).double()
+    step = model.config.temporal_compression
+    lengths = [1 + first * step] + [k * step for k in chunks]
+    video = torch.rand(1, 3, sum(lengths), 16, 24, dtype=torch.double) * 2 - 1
+    whole = model.encode(video).latents
+    encoder, decoder = model.encoder_stream(), model.decoder_stream()
+    latents = torch.cat([encoder.push(chunk).latents for chunk in video.split(lengths, 2)], 2)
+    torch.testing.assert_close(latents, whole, atol=1e-12, rtol=0)
+    frames = torch.cat([decoder.push(c) for c in whole.split([1 + first, *chunks], 2)], 2)
+    torch.testing.assert_close(frames, model.decode(whole).sample, atol=1e-12, rtol=0)
+
+
+def test_stream_refuses_a_chunk_it_would_mangle(tokenizer):
+    stream = tokenizer.encoder_stream()
+    stream.push(torch.zeros(1, 3, 5, 16, 16))
+    with pytest.raises(ValueError, match=r"must be 0 \+ k \* 4, got 5"):
+        stream.push(torch.zeros(1, 3, 5, 16, 16))
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_normalization(per_frame):
+    mean, std = torch.randn(16, 3), torch.rand(16, 3) + 0.5
+    if not per_frame:
+        mean, std = mean[:, 0], std[:, 0]
+    model = tiny(latents_mean=mean.tolist(), latents_std=std.tolist())
+    latents = torch.randn(1, 16, 3, 2, 2)
+    view = (1, 16, 3 if per_frame else 1, 1, 1)
+    torch.testing.assert_close(model.normalize(latents), (latents - mean.view(view)) / std.view(view))
+    torch.testing.assert_close(model.denormalize(model.normalize(latents)), latents)
+    assert model.normalize(latents[:, :, :1]).shape[2] == 1
+    if per_frame:
+        with pytest.raises(ValueError, match="statistics are kept for 3 latent frames, got 4"):
+            model.normalize(torch.randn(1, 16, 4, 2, 2))
+
+
+def test_discrete_in_bf16_equals_float32_quantisation():
+    model = tiny(quantizer="fsq", latent_channels=6)
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    out = model.encode(video)
+    assert out.indices.dtype == torch.int64 and out.indices.shape == (1, 2, 2, 2)
+    z = torch.randn(4, 6)
+    codes, indices = model.fsq(z.bfloat16())
+    assert torch.equal(indices, model.fsq(z.bfloat16().float())[1])
+    assert torch.equal(model.fsq.decode(indices), codes.float())
+    torch.testing.assert_close(model.decode_indices(out.indices).sample, model.decode(out.latents).sample)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(quantizer="fsq", latent_channels=6)])
+def test_gradient_reaches_every_parameter(kind):
+    model = tiny(**kind).train()
+    model.quant_conv.weight.data *= 50  # spread the codes: equal ones leave nothing for attention to tell apart
+    model.enable_gradient_checkpointing()
+    (model(torch.rand(2, 3, 9, 16, 16)).sample ** 2).mean().backward()
+    # A key's bias cannot matter: softmax is invariant under a shift of all logits.
+    dead = [n for n, p in model.named_parameters() if (p.grad is None or not p.grad.any()) and "to_k.bias" not in n]
+    assert not dead
+
+
+def test_gradient_checkpointing_equals_plain():
+    video = torch.rand(1, 3, 5, 16, 16)
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = tiny().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        (model(video).sample ** 2).mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*grads)
+
+
+def test_save_and_load_in_a_fresh_process(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    video = torch.rand(1, 3, 5, 16, 16)
+    torch.save((video, tokenizer.encode(video).latents.detach()), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; from cosmos_hf import CosmosVideoTokenizer as C; d = sys.argv[1]; m = C.from_pretrained(d).eval();"
+        "x, z = torch.load(d + '/expected.pt'); torch.testing.assert_close(m.encode(x).latents, z)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
