@@ -1,0 +1,206 @@
+"""The parts of the diffusion transformer (arXiv 2501.03575, section 5.1): positions, time, attention, adaptive norms.
+
+Module names are those of diffusers' `CosmosTransformer3DModel`, so that its published weights load unchanged.
+
+Axes: B batch, L tokens (frame slowest, then row, then column), M text tokens, D width, N heads, d head width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+BASE_FPS = 24  # at this rate a latent frame is one position apart
+_CACHED_TABLES = 8
+
+
+class RotaryEmbedding3D(nn.Module):
+    """Angles of rotary positions over (frame, row, column); the frame axis counts time, not frames.
+
+    A head's d channels are split into h = w = 2 * (d // 6) and t = the rest. Axis a with n channels turns by
+    position * theta_a^(-2j/n), theta_a = 10000 * scale_a^(n / (n - 2)); a frame is 24 / fps positions long.
+    """
+
+    def __init__(self, head_dim: int, scale: tuple[float, float, float]):
+        super().__init__()
+        side = head_dim // 6 * 2
+        self.dims = (head_dim - 2 * side, side, side)
+        if head_dim % 2 or side < 4:
+            raise ValueError(f"attention_head_dim must be even and at least 12, got {head_dim}")
+        self.scale = tuple(scale)
+        self._tables = {}
+
+    def angles(self, axis: int, positions: torch.Tensor) -> torch.Tensor:
+        """Positions [P] -> angles [P, n / 2] of axis 0 (t), 1 (h) or 2 (w), float32."""
+        n = self.dims[axis]
+        theta = 10000.0 * self.scale[axis] ** (n / (n - 2))
+        exponents = torch.arange(0, n, 2, device=positions.device, dtype=torch.float32) / n
+        return torch.outer(positions, 1.0 / theta**exponents)
+
+    def forward(self, grid: tuple[int, int, int], fps: float | None, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [L, 1, d / 2] of a grid (T, H, W) of tokens. `fps` None counts frames as 24 per second."""
+        if torch.compiler.is_compiling():
+            return self._make(grid, fps, device)
+        key = (*grid, fps, torch.device(device))
+        if key not in self._tables:
+            if len(self._tables) == _CACHED_TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            with torch.inference_mode(False):  # a table made under inference_mode could not be used in training
+                self._tables[key] = self._make(grid, fps, device)
+        return self._tables[key]
+
+    def _make(self, grid, fps, device):
+        positions = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
+        if fps is not None:
+            positions[0] = positions[0] / fps * BASE_FPS
+        views = [(-1, 1, 1), (1, -1, 1), (1, 1, -1)]
+        parts = [
+            self.angles(axis, positions[axis]).view(*views[axis], self.dims[axis] // 2).expand(*grid, -1)
+            for axis in range(3)
+        ]
+        angles = torch.cat(parts, dim=-1).flatten(0, 2).unsqueeze(1)  # [L, 1, d / 2]
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x [B, L, N, d]: channel j is paired with channel j + d / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class LearnablePositionEmbedding(nn.Module):
+    """Sum of three learned tables, scaled to root mean square 1, added to the tokens before every block."""
+
+    def __init__(self, hidden_size: int, table_sizes: tuple[int, int, int]):
+        super().__init__()
+        for name, size in zip("thw", table_sizes, strict=True):
+            self.register_parameter(f"pos_emb_{name}", nn.Parameter(torch.empty(size, hidden_size)))
+
+    def forward(self, grid: tuple[int, int, int]) -> torch.Tensor:
+        frames, rows, columns = grid
+        embedding = (
+            self.pos_emb_t[:frames, None, None] + self.pos_emb_h[:rows, None] + self.pos_emb_w[:columns]
+        ).flatten(0, 2)  # [L, D]
+        rms = torch.linalg.vector_norm(embedding, dim=-1, keepdim=True, dtype=torch.float32)
+        rms = rms / math.sqrt(embedding.shape[-1])
+        return embedding / (rms + 1e-6)
+
+
+class _TimeMLP(nn.Module):
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.linear_2 = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeEmbedding(nn.Module):
+    """c_noise [B] -> (SiLU of the normalised sinusoid [B, D], shift/scale/gate offsets [B, 3D] shared by all blocks).
+
+    It is the raw sinusoid that is normalised and modulates the blocks; the MLP's output is only added to the modulation.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.t_embedder = _TimeMLP(hidden_size)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        # downscale_freq_shift 0: k_i = 10000^(-i / (D / 2)); the cosines come first
+        sinusoid = get_timestep_embedding(
+            timestep.float(), self.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0
+        ).to(dtype)
+        return F.silu(self.norm(sinusoid)), self.t_embedder(sinusoid)
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """LayerNorm whose shift, scale (and gate) come from the noise level through a low-rank map (adaLN-LoRA)."""
+
+    def __init__(self, hidden_size: int, rank: int, gated: bool = True):
+        super().__init__()
+        self.parts = 3 if gated else 2
+        self.linear_1 = nn.Linear(hidden_size, rank, bias=False)
+        self.linear_2 = nn.Linear(rank, self.parts * hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x [B, L, D], time [B, D], offsets [B, 3D] -> (modulated x,) or (modulated x, gate [B, 1, D])."""
+        hidden_size = x.shape[-1]
+        modulation = self.linear_2(self.linear_1(time)) + offsets[:, : self.parts * hidden_size]
+        shift, scale, *gate = modulation.unsqueeze(1).chunk(self.parts, dim=-1)
+        return torch.addcmul(shift, F.layer_norm(x, (hidden_size,), eps=1e-6), 1 + scale), *gate
+
+
+class CosmosAttnProcessor:
+    """Attention through diffusers' dispatcher, so that `set_attention_backend` and its context manager apply."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "CosmosAttention", x, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
+        context = x if context is None else context
+        query = attn.norm_q(attn.to_q(x).unflatten(-1, (attn.heads, -1)))  # [B, L, N, d]
+        key = attn.norm_k(attn.to_k(context).unflatten(-1, (attn.heads, -1)))  # [B, L or M, N, d]
+        value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        out = dispatch_attention_fn(
+            query.to(value.dtype),  # the angles are float32, and so are the norms under autocast
+            key.to(value.dtype),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](out.flatten(2))
+
+
+class CosmosAttention(nn.Module, AttentionModuleMixin):
+    """Attention with per-head RMSNorm of queries and keys; over the tokens themselves or, given a context, over text."""
+
+    _default_processor_cls = CosmosAttnProcessor
+    _available_processors = [CosmosAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, hidden_size: int, context_size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_k = nn.Linear(context_size, hidden_size, bias=False)
+        self.to_v = nn.Linear(context_size, hidden_size, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
+        self.norm_q = nn.RMSNorm(hidden_size // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(hidden_size // heads, eps=1e-6)
+        self.set_processor(CosmosAttnProcessor())
+
+    def forward(self, x: torch.Tensor, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
+        return self.processor(self, x, context, rotary, attention_mask)
+
+
+class CosmosBlock(nn.Module):
+    """Self-attention, cross-attention to the text, MLP: each y + gate * f(adaptive norm of y)."""
+
+    def __init__(self, hidden_size: int, heads: int, text_size: int, mlp_ratio: float, rank: int):
+        super().__init__()
+        self.norm1 = AdaptiveLayerNorm(hidden_size, rank)
+        self.attn1 = CosmosAttention(hidden_size, hidden_size, heads)
+        self.norm2 = AdaptiveLayerNorm(hidden_size, rank)
+        self.attn2 = CosmosAttention(hidden_size, text_size, heads)
+        self.norm3 = AdaptiveLayerNorm(hidden_size, rank)
+        self.ff = FeedForward(hidden_size, mult=mlp_ratio, activation_fn="gelu", bias=False)
+
+    def forward(self, x, text, time, offsets, rotary, positions=None, attention_mask=None) -> torch.Tensor:
+        if positions is not None:
+            x = x + positions  # [B, L, D] + [L, D]
+        modulated, gate = self.norm1(x, time, offsets)
+        x = torch.addcmul(x, gate, self.attn1(modulated, rotary=rotary))
+        modulated, gate = self.norm2(x, time, offsets)
+        x = torch.addcmul(x, gate, self.attn2(modulated, text, attention_mask=attention_mask))
+        modulated, gate = self.norm3(x, time, offsets)
+        return torch.addcmul(x, gate, self.ff(modulated))
