@@ -21,36 +21,53 @@ def direction_in_view(move: np.ndarray, camera_axes: np.ndarray) -> str:
     return "away from the camera" if away > 0 else "towards the camera"
 
 
+def _path_in_view(gripper: np.ndarray, camera_axes: np.ndarray) -> str:
+    """What the camera sees of a straight path of the gripper [T, 3]."""
+    move = gripper[-1] - gripper[0]
+    words = [direction_in_view(move, camera_axes)] if np.linalg.norm(move[:2]) > MOVED else []
+    if abs(move[2]) > MOVED:
+        words.append("up" if move[2] > 0 else "down")
+    return f"moves {' and '.join(words)}" if words else "stays where it is"
+
+
 def caption(
     scene: SceneSpec,
     kind: str,
     target: int,
     positions: np.ndarray,
+    gripper: np.ndarray,
     camera_axes: np.ndarray,
     rng: np.random.Generator,
-    plan: str | None = None,
 ) -> str:
-    """One sentence of what happened: who, which object, where to, and sometimes what stands beside it."""
+    """One sentence of what happened: who, which object, where to, and sometimes what stands beside it.
+
+    `kind`: "pick", "push", "random" or "plan"; `positions` [T, N, 3] of the objects and `gripper` [T, 3], metres in the
+    world; `camera_axes` as `camera_pose` gives them.
+    """
     name = scene.objects[target].name
     moves = positions[-1] - positions[0]  # [N, 3]
     subject = str(rng.choice(SUBJECTS))
     distance, height = np.linalg.norm(moves[target][:2]), positions[:, target, 2].max()
     where = direction_in_view(moves[target], camera_axes)
+    final_height = positions[-1, target, 2]
     if kind == "pick" and height > LIFTED:
-        landed = positions[-1, target, 2] < LIFTED and distance > MOVED
-        text = f"picks up the {name} and " + (f"puts it down {where}" if landed else "lifts it into the air")
+        if final_height > LIFTED:
+            text = f"picks up the {name} and lifts it into the air"
+        elif final_height < 0:
+            text = f"picks up the {name} and drops it off the table"
+        else:
+            text = f"picks up the {name} and puts it " + (f"down {where}" if distance > MOVED else "back")
     elif kind == "pick":
         text = f"reaches for the {name}"
     elif kind == "push":
-        text = f"pushes the {name} {where}" if distance > MOVED else f"moves towards the {name}"
+        off = "off the table " if final_height < 0 else ""
+        text = f"pushes the {name} {off}{where}" if distance > MOVED else f"moves towards the {name}"
     else:
         lengths = np.linalg.norm(moves, axis=1)
         hit = int(lengths.argmax())
-        text = "moves freely above the table"
+        text = "moves freely above the table" if kind == "random" else _path_in_view(gripper, camera_axes)
         if lengths[hit] > MOVED:
             target, text = hit, f"bumps into the {scene.objects[hit].name}"
-        elif plan:
-            text = f"moves {plan}, seen from the robot"
     others = [with_article(thing.name) for i, thing in enumerate(scene.objects) if i != target]
     beside = f", next to {' and '.join(others)}" if others and rng.random() < 0.7 else ""
     return f"{subject} {text}{beside}."

@@ -20,10 +20,11 @@ try:
     if not hasattr(collections.abc, "Buffer"):  # MuJoCo's Filament module expects Python 3.12
         collections.abc.Buffer = typing_extensions.Buffer
     import mujoco
-except ImportError as error:
+except (ImportError, AttributeError, OSError) as error:  # PyOpenGL without libEGL raises AttributeError
     raise ImportError(
         "Simulated worlds need MuJoCo: pip install 'cosmos-hf[worlds]', and for rendering without a screen the Debian "
-        "packages libegl1 libgl1-mesa-dri (classic) or libvulkan1 mesa-vulkan-drivers (Filament)."
+        "packages libegl1 libgl1-mesa-dri (needed) and libvulkan1 mesa-vulkan-drivers (for the better renderer, "
+        f"Filament). The reason: {error}"
     ) from error
 
 import numpy as np
@@ -45,7 +46,10 @@ def choose_renderer() -> str:
 
 def probe(name: str):
     """Render one small picture and fail if it is empty."""
-    xml = "<mujoco><worldbody><light pos='0 0 3'/><geom size='.2' rgba='1 0 0 1'/><camera name='main' pos='0 0 1'/></worldbody></mujoco>"
+    xml = (
+        "<mujoco><worldbody><light pos='0 0 3'/><geom size='.2' rgba='1 0 0 1'/><camera name='main' pos='0 0 1'/>"
+        "</worldbody></mujoco>"
+    )
     model = mujoco.MjModel.from_xml_string(xml)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
@@ -91,6 +95,15 @@ def _filament_context():
     from mujoco import mjrf
 
     return mjrf.Context(mjrf.ContextConfig())
+
+
+def restart_filament():
+    """Let the next pictures start from a new context.
+
+    Filament's dithering goes by the number of frames that its context has rendered, so equal episodes have equal pixels
+    only when their context is equally old.
+    """
+    _filament_context.cache_clear()
 
 
 class FilamentRenderer:

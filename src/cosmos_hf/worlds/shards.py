@@ -6,7 +6,6 @@ A shard appears under its name only when it is complete.
 
 import io
 import json
-import logging
 import multiprocessing
 import os
 import tarfile
@@ -19,11 +18,10 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from .render import choose_renderer
+from .render import choose_renderer, mujoco, restart_filament
 from .tabletop import FPS, HEIGHT, NUM_FRAMES, WIDTH, Episode, simulate
 
-logger = logging.getLogger(__name__)
-
+VERSION = 2  # of the simulated content: raised when equal arguments give other clips
 SPLITS = ("train", "val_iid", "val_combo", "val_style", "val_view", "val_counterfactual")
 WORLDS = {"tabletop": simulate}
 
@@ -41,18 +39,24 @@ def render_split(
 ) -> Path:
     """Render clips 0..num_clips-1 of a split; complete shards are kept, so a run that was cut short goes on.
 
-    Every clip depends on (seed, split, its index) only. Validation splits carry segmentation masks. `renderer` None takes
-    the best one that runs here. Raises ValueError for an unknown world or split, or where `root` holds data of another
-    world, seed, renderer or shard size.
+    What happens in a clip depends on (seed, split, its index) only, and equal arguments give equal bytes. Validation
+    splits carry segmentation masks. In `val_counterfactual` four clips in a row are the four plans from one start state.
+    `renderer` None takes the best one that runs here. Raises ValueError for an unknown world or split, a count below 1,
+    or where `root` holds data of another world, version, seed, renderer or shard size.
     """
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r}; there is {', '.join(WORLDS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there is {', '.join(SPLITS)}")
+    for name, value in (("num_clips", num_clips), ("clips_per_shard", clips_per_shard), ("num_workers", num_workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     renderer = renderer or choose_renderer()
     folder = Path(root) / split
     folder.mkdir(parents=True, exist_ok=True)
-    _check_record(Path(root), dict(world=world, seed=seed, renderer=renderer, clips_per_shard=clips_per_shard))
+    _check_record(
+        Path(root), dict(world=world, version=VERSION, seed=seed, renderer=renderer, clips_per_shard=clips_per_shard)
+    )
     jobs = []
     for number, start in enumerate(range(0, num_clips, clips_per_shard)):
         path = folder / f"{split}-{number:05d}.tar"
@@ -75,6 +79,7 @@ def render_split(
 
 
 def _render_shard(world: str, path: Path, split: str, indices: range, seed: int, renderer: str) -> int:
+    restart_filament()
     partial = path.with_suffix(f".partial-{os.getpid()}")
     with webdataset.TarWriter(str(partial), mtime=0, user="", group="") as writer:
         for index in indices:
@@ -146,13 +151,19 @@ def _check_record(root: Path, settings: dict):
     path = root / "dataset.json"
     if path.exists():
         record = json.loads(path.read_text())
-        different = {key: (record[key], value) for key, value in settings.items() if record[key] != value}
+        different = {key: (record.get(key), value) for key, value in settings.items() if record.get(key) != value}
         if different:
             changes = ", ".join(f"{key}={old!r} there, {new!r} asked" for key, (old, new) in different.items())
             raise ValueError(f"{path} is of another rendering ({changes}); choose another folder or the same settings")
         return
     size = dict(height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS)
-    path.write_text(json.dumps({**settings, **size, "clips": {}}, indent=2))
+    _write_record(path, {**settings, "simulator": f"mujoco {mujoco.__version__}", **size, "clips": {}})
+
+
+def _write_record(path: Path, record: dict):
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    partial.write_text(json.dumps(record, indent=2))
+    partial.rename(path)
 
 
 def _update_counts(root: Path):
@@ -161,4 +172,4 @@ def _update_counts(root: Path):
     for folder in sorted(root.iterdir()):
         if folder.name in SPLITS:
             record["clips"][folder.name] = sum(_clips_in(shard) for shard in folder.glob("*.tar"))
-    path.write_text(json.dumps(record, indent=2))
+    _write_record(path, record)

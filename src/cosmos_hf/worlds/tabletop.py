@@ -3,7 +3,7 @@
 World frame: x away from the robot's base, y to its left, z up, metres. End-effector angles are zero pointing down.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,7 +46,6 @@ class Episode:
     target: int  # the object that the policy is after
     masks: np.ndarray | None = None  # uint8 [T, H, W]: 0 background, 1 arm, 2 + i object i
     plan: str | None = None  # counterfactual split only
-    extras: dict = field(default_factory=dict)
 
 
 class Robot:
@@ -75,8 +74,11 @@ class Robot:
         return self.data.site_xpos[self._site].copy(), self.data.site_xmat[self._site].reshape(3, 3).copy()
 
     def state(self) -> np.ndarray:
+        """[x, y, z, roll, pitch, yaw, gripper]; the gripper is 0 closed to 1 open."""
         position, rotation = self._pose()
-        gripper = (self.data.qpos[self._left] - _FINGER_CLOSED) / _FINGER_STROKE
+        # The mean of both fingers, since contacts drag the pair to one side; the servos also yield past their limits.
+        opening = (self.data.qpos[self._left] - self.data.qpos[self._right]) / 2
+        gripper = np.clip((opening - _FINGER_CLOSED) / _FINGER_STROKE, 0, 1)
         return np.concatenate([position, euler_from_rotation(rotation @ _DOWN.T), [gripper]])
 
     def object_positions(self) -> np.ndarray:
@@ -132,9 +134,10 @@ class Robot:
 class Policy:
     """Scripted behaviour: `pick` and put down, `push` along an axis, or `random` motion that seeks an object."""
 
-    def __init__(self, robot: Robot, kind: str, rng: np.random.Generator):
+    def __init__(self, robot: Robot, kind: str, rng: np.random.Generator, target: int | None = None):
         self.robot, self.kind, self.rng = robot, kind, rng
-        self.target = int(rng.integers(len(robot.object_positions())))
+        drawn = int(rng.integers(len(robot.object_positions())))
+        self.target = drawn if target is None else target
         self.phase = self._time = 0
         self._put_down = np.array([rng.uniform(0, 0.19), rng.uniform(-0.17, 0.17)])
         axis, sign = rng.integers(2), rng.choice([-1.0, 1.0])
@@ -207,7 +210,7 @@ class Policy:
 
 
 def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False) -> Episode:
-    """Clip `index` of a split, a pure function of its arguments (given one renderer).
+    """Clip `index` of a split, a pure function of its arguments but for Filament's dithering (`render.restart_filament`).
 
     `renderer`: "filament", "classic", or None for no pictures (frames of zeros). `masks`: render the segmentation too.
     """
@@ -221,9 +224,8 @@ def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "fila
     model = build_model(scene)
     robot = Robot(model)
     kind = "plan" if plan else str(rng.choice(KINDS, p=KIND_SHARES))
-    policy = None if plan else Policy(robot, kind, rng)
-    if policy and split == "val_combo":
-        policy.target = 0
+    # Object 0 of val_combo is the held-out pair.
+    policy = None if plan else Policy(robot, kind, rng, target=0 if split == "val_combo" else None)
     take = _Camera(model, renderer, masks)
     take.picture(robot)
     commands = []
@@ -237,7 +239,7 @@ def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "fila
     return Episode(
         scene=scene,
         kind=kind,
-        caption=caption(scene, kind, target, positions, camera_pose(scene)[1], rng, plan),
+        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng),
         frames=np.array(take.frames),
         states=states,
         actions=actions_from_states(states),

@@ -7,9 +7,10 @@ can learn it; held-out splits leave out named colour-shape pairs, one table and 
 from dataclasses import dataclass
 from pathlib import Path
 
-import mujoco
 import numpy as np
 from PIL import Image
+
+from .render import mujoco
 
 ASSETS = Path(__file__).parent / "assets" / "vx300s"
 
