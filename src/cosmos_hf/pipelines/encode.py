@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from PIL import Image
 
 from ..data.video import read_video
 
@@ -110,17 +111,46 @@ def draw_noise(shape: tuple[int, ...], generator, device) -> torch.Tensor:
 
 
 def read_conditioning(image, video, count: int | None, most: int, factor: int, height: int, width: int, fps: float):
-    """One image or video (or a list of them, one per item) -> uint8 frames [B, 3, n, H, W] to continue from.
+    """An image or a video, or a list of them (one per item) -> the uint8 frames [B, 3, n, H, W] to continue from.
 
-    A video gives its last n frames, resampled to `fps`; n is `count`, or for None the largest legal number that the
-    shortest video has, at most `most`.
+    A video gives its last n frames, resampled to `fps`; n is `count`, or for None the largest legal number (1 + k * factor)
+    that every video has, at most `most`. Raises ValueError for both or neither, and for a count that is not legal.
     """
     if (image is None) == (video is None):
         raise ValueError("give exactly one of image and video")
+    if count is not None:
+        check_frame_count("num_conditioning_frames", count, factor)
+        if count > most:
+            raise ValueError(
+                f"num_conditioning_frames must be at most {most} here, got {count}: some frames must be left to generate"
+            )
     if image is not None:
         if count not in (None, 1):
-            raise ValueError(f"an image is one frame, num_conditioning_frames={count} needs a video")
+            raise ValueError(f"an image is one frame; num_conditioning_frames={count} needs a video")
         images = image if isinstance(image, (list, tuple)) else [image]
-        clips = [read_video([item], height=height, width=width).frames for item in images]
+        clips = [read_video(item, height=height, width=width).frames for item in images]
+        if any(clip.shape[1] != 1 for clip in clips):
+            raise ValueError("image holds several frames: pass it as video")
         return torch.stack(clips)
-    raise NotImplementedError
+    videos = list(video) if _is_list_of_videos(video) else [video]
+    size = dict(fps=fps, height=height, width=width, from_end=True)
+    if count is not None:
+        return torch.stack([read_video(item, num_frames=count, **size).frames for item in videos])
+    # Up to `most` frames of each, without asking for more than there are: ask for all of the tail and cut.
+    clips = [read_video(item, **size).frames[:, -most:] for item in videos]
+    count = (min(clip.shape[1] for clip in clips) - 1) // factor * factor + 1
+    return torch.stack([clip[:, -count:] for clip in clips])
+
+
+def _is_list_of_videos(video) -> bool:
+    """A list of PIL images is one video; a list of anything else, or a 5-dimensional tensor or array, is a batch of videos."""
+    if isinstance(video, (list, tuple)):
+        return not all(isinstance(item, Image.Image) for item in video)
+    return getattr(video, "ndim", 0) == 5
+
+
+def repeat_to_batch(frames: torch.Tensor, batch_size: int, num_videos_per_prompt: int) -> torch.Tensor:
+    """Conditioning frames of one item or of every prompt -> one per generated video."""
+    if len(frames) not in (1, batch_size):
+        raise ValueError(f"{len(frames)} images or videos for {batch_size} prompts: give one, or one per prompt")
+    return frames.expand(batch_size, -1, -1, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)

@@ -1,0 +1,191 @@
+"""Text to world: a video from a description (arXiv 2501.03575, section 5.1)."""
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
+
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .denoise import denoise_latents
+from .encode import check_size, check_text, draw_noise, encode_prompts
+from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
+
+
+class CosmosText2WorldPipeline(DiffusionPipeline):
+    """Generates a video from a prompt.
+
+    Args:
+        tokenizer, text_encoder: T5; its embeddings are zeroed past the prompt's end and attended without a mask.
+        transformer: a text-to-world network, or a video-to-world one, which is then given no frames.
+        vae: the continuous video tokenizer.
+        scheduler: the noise levels and the solver.
+        height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it says otherwise; what
+            the model was trained for.
+        max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        tokenizer: T5TokenizerFast | PreTrainedTokenizerBase,
+        text_encoder: T5EncoderModel,
+        transformer: CosmosWorldTransformer3D,
+        vae: CosmosVideoTokenizer,
+        scheduler: CosmosEDMScheduler,
+        height: int = 704,
+        width: int = 1280,
+        num_frames: int = 121,
+        fps: float = 24,
+        num_inference_steps: int = 35,
+        guidance_scale: float = 7.0,
+        max_sequence_length: int = 512,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=max_sequence_length,
+        )
+        self.interrupt = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> CosmosPipelineOutput | tuple:
+        """Generate.
+
+        Args:
+            prompt: a description, or a list of them.
+            negative_prompt: what to steer away from; None steers away from "no text", as the models were trained.
+            height, width: pixels, multiples of the tokenizer's factor times the patch (16 for the published models).
+            num_frames: pixel frames, 1 + k * the tokenizer's temporal factor.
+            fps: frames per second that the model is told and that the result carries.
+            num_inference_steps: steps of the solver.
+            guidance_scale: w in cond + w (cond - uncond); 0 is off. A scale of 1 + w in the more common convention.
+            num_videos_per_prompt: videos for each prompt.
+            generator: a torch generator, or one per video: then a seed gives the same video alone or in a batch.
+            latents: unit noise [B, C, T', H', W'] to start from, instead of the generator's.
+            prompt_embeds, negative_prompt_embeds: text embeddings [B, N, D] instead of texts.
+            output_type: "pil", "np", "pt" or "latent"; see `CosmosPipelineOutput`.
+            callback_on_step_end: called as callback(pipe, step, timestep, tensors) after every step.
+
+        Raises ValueError for contradictions and sizes that the model cannot represent.
+        """
+        run = resolve(self, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type)
+        check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, run["guidance_scale"])
+        check_callback(self, callback_on_step_end_tensor_inputs)
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("give prompt or prompt_embeds")
+        items = count_prompts(prompt, prompt_embeds)
+        return generate(
+            self,
+            run,
+            texts=(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds),
+            batch_size=items * num_videos_per_prompt,
+            generator=generator,
+            latents=latents,
+            condition=None,
+            callback=callback_on_step_end,
+            callback_tensors=tuple(callback_on_step_end_tensor_inputs),
+            output_type=output_type,
+            return_dict=return_dict,
+        )
+
+
+# ---- shared with the other pipelines -------------------------------------------------------------------------------
+
+
+def resolve(pipe, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type) -> dict:
+    """The arguments of a call, over the pipeline's own settings; checked."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    given = dict(
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=fps,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    )
+    run = {name: getattr(pipe.config, name) if value is None else value for name, value in given.items()}
+    check_size(pipe, run["height"], run["width"], run["num_frames"])
+    return run
+
+
+def check_callback(pipe, names):
+    unknown = set(names) - set(pipe._callback_tensor_inputs)
+    if unknown:
+        raise ValueError(
+            f"callbacks can have {', '.join(pipe._callback_tensor_inputs)}, not {', '.join(sorted(unknown))}"
+        )
+
+
+def count_prompts(prompt, prompt_embeds) -> int:
+    if prompt_embeds is not None:
+        return len(prompt_embeds)
+    return 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+
+def latent_shape(pipe, batch_size: int, run: dict) -> tuple[int, ...]:
+    vae = pipe.vae
+    factor = vae.config.spatial_compression
+    frames = vae.latent_frames(run["num_frames"])
+    return batch_size, vae.config.latent_channels, frames, run["height"] // factor, run["width"] // factor
+
+
+def generate(
+    pipe, run, texts, batch_size, generator, latents, condition, callback, callback_tensors, output_type, return_dict
+):
+    """Text and noise to the pipeline's output; `condition(noise)` makes the `FrameCondition` of frames that are given."""
+    pipe.interrupt = False
+    device = pipe._execution_device
+    shape = latent_shape(pipe, batch_size, run)
+    guided = run["guidance_scale"] > 0
+    text, negative_text = encode_prompts(pipe, *texts, batch_size, guided, device)
+    if latents is None:
+        latents = draw_noise(shape, generator, device)
+    elif latents.shape != shape:
+        raise ValueError(f"latents must be unit noise of shape {shape}, got {tuple(latents.shape)}")
+    latents = latents.to(device, torch.float32)
+    result = denoise_latents(
+        pipe,
+        latents,
+        text,
+        negative_text,
+        fps=run["fps"],
+        num_inference_steps=run["num_inference_steps"],
+        guidance_scale=run["guidance_scale"],
+        condition=None if condition is None else condition(latents),
+        callback=callback,
+        callback_tensors=callback_tensors,
+    )
+    frames = decode_latents(pipe.vae, result, pipe.scheduler.config.sigma_data, output_type)
+    pipe.maybe_free_model_hooks()
+    return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
