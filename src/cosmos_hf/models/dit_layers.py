@@ -90,6 +90,13 @@ class LearnablePositionEmbedding(nn.Module):
         return embedding / (rms + 1e-6)
 
 
+class RMSNorm(nn.RMSNorm):
+    """With the gain in the input's precision, as the fused kernels need it under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class _TimeMLP(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -110,7 +117,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.t_embedder = _TimeMLP(hidden_size)
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = RMSNorm(hidden_size, eps=1e-6)
 
     def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         # downscale_freq_shift 0: k_i = 10000^(-i / (D / 2)); the cosines come first
@@ -175,8 +182,8 @@ class CosmosAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(context_size, hidden_size, bias=False)
         self.to_v = nn.Linear(context_size, hidden_size, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
-        self.norm_q = nn.RMSNorm(hidden_size // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(hidden_size // heads, eps=1e-6)
+        self.norm_q = RMSNorm(hidden_size // heads, eps=1e-6)
+        self.norm_k = RMSNorm(hidden_size // heads, eps=1e-6)
         self.set_processor(CosmosAttnProcessor())
 
     def forward(self, x: torch.Tensor, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
