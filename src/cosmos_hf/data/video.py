@@ -30,7 +30,11 @@ FILE_TYPES = (str, Path, bytes)
 
 @dataclass
 class Clip:
-    """`frames` uint8 [3, T, H, W], `fps` of these frames (None for an image), `source` what was read and how it was changed."""
+    """`frames` uint8 [3, T, H, W], `fps` of these frames (None for an image), `source`: what was read.
+
+    `source` has "kind", "height" and "width"; for a file also "path" and "source_size" [height, width] (upright, with square
+    pixels), for a video file "source_fps" and "start" in seconds.
+    """
 
     frames: torch.Tensor
     fps: float | None
@@ -77,12 +81,13 @@ def read_video(
     return Clip(frames, rate, source | {"height": frames.shape[2], "width": frames.shape[3]})
 
 
-def count_frames(file, fps: float | None = None) -> int:
-    """How many frames `read_video(file, fps=fps)` gives, from the time stamps alone: nothing is decoded."""
+def count_frames(file, fps: float | None = None) -> tuple[int, float]:
+    """(how many frames `read_video(file, fps=fps)` gives, their rate), from the time stamps alone: nothing is decoded."""
     with _open(file) as container:
-        step = 1 / _fraction(fps or _own_rate(container))
+        rate = fps or _own_rate(container)
+        step = 1 / _fraction(rate)
         first, last = _span(container)
-        return int((last - first + _slack(container, step)) / step) + 1
+        return int((last - first + _slack(container, step)) / step) + 1, rate
 
 
 def to_float(frames: torch.Tensor) -> torch.Tensor:
@@ -131,15 +136,18 @@ def _from_file(file, num_frames, fps, height, width, start, from_end):
     """Frames by time stamp. Pictures are resized as they come, so a long or large file never lies in memory whole."""
     name = _name(file)
     if not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES:
-        return [fit_image(read_image(file), height, width)], None, {"path": name, "kind": "image"}
+        picture = read_image(file)
+        source = {"path": name, "kind": "image", "source_size": [picture.height, picture.width]}
+        return [fit_image(picture, height, width)], None, source
     if from_end:
         start = _start_of_last(file, num_frames, fps)
     with _open(file) as container:
-        stream, own = container.streams.video[0], _own_rate(container)
+        own = _own_rate(container)
         rate = fps or own
-        source = {"path": name, "kind": "video", "source_fps": own, "source_size": [stream.height, stream.width]}
+        source = {"path": name, "kind": "video", "source_fps": own, "start": float(start)}
         pictures = []
         for picture in _resampled(container, name, start, rate):
+            source["source_size"] = [picture.height, picture.width]
             pictures.append(fit_image(picture, height, width))
             if len(pictures) == num_frames:
                 break
@@ -148,14 +156,12 @@ def _from_file(file, num_frames, fps, height, width, start, from_end):
 
 def _start_of_last(file, num_frames: int, fps: float | None) -> Fraction:
     """The time at which to begin so that the last of `num_frames` is the file's last frame."""
+    available, rate = count_frames(file, fps)
+    if available < num_frames:
+        raise _too_short(_name(file), available, rate, 0, num_frames)
     with _open(file) as container:
-        rate = fps or _own_rate(container)
         first, last = _span(container)
-        slack = _slack(container, 1 / _fraction(rate))
-    start = last - first - (num_frames - 1) / _fraction(rate)
-    if start < -slack:
-        raise _too_short(_name(file), int((last - first + slack) * _fraction(rate)) + 1, rate, 0, num_frames)
-    return max(start, Fraction(0))
+    return max(last - first - (num_frames - 1) / _fraction(rate), Fraction(0))
 
 
 def stream_video(file, fps: float | None = None, height=None, width=None) -> Iterator[tuple[float, Image.Image]]:
