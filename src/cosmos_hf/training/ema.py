@@ -64,7 +64,9 @@ class PowerEMA:
     def load_state_dict(self, state: dict):
         if state["average"].keys() != self.average.keys():
             different = sorted(state["average"].keys() ^ self.average.keys())
-            raise ValueError(f"the checkpoint's EMA is of other parameters: {different[:5]}{'...' * (len(different) > 5)}")
+            raise ValueError(
+                f"the checkpoint's EMA is of other parameters: {different[:5]}{'...' * (len(different) > 5)}"
+            )
         self.step, self.gamma = state["step"], state["gamma"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
