@@ -1,0 +1,12 @@
+"""The bundled nano models: the published architectures with small configs, trained by the scripts in `training/`."""
+
+from pathlib import Path
+
+MODELS = {"video2world": "nano-video2world-tabletop"}
+
+
+def nano_path(name: str = "video2world") -> str:
+    """Folder of a bundled model, for `from_pretrained`. Raises ValueError for an unknown name."""
+    if name not in MODELS:
+        raise ValueError(f"no bundled model {name!r}; there is {', '.join(MODELS)}")
+    return str(Path(__file__).parent / MODELS[name])

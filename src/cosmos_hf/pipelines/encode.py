@@ -5,7 +5,7 @@ import logging
 import torch
 from PIL import Image
 
-from ..data.video import read_video
+from ..data.video import FILE_TYPES, count_frames, read_video
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,16 @@ def read_conditioning(image, video, count: int | None, most: int, factor: int, h
             raise ValueError("image holds several frames: pass it as video")
         return torch.stack(clips)
     videos = list(video) if _is_list_of_videos(video) else [video]
-    size = dict(fps=fps, height=height, width=width, from_end=True)
-    if count is not None:
-        return torch.stack([read_video(item, num_frames=count, **size).frames for item in videos])
-    # Up to `most` frames of each, without asking for more than there are: ask for all of the tail and cut.
-    clips = [read_video(item, **size).frames[:, -most:] for item in videos]
-    count = (min(clip.shape[1] for clip in clips) - 1) // factor * factor + 1
-    return torch.stack([clip[:, -count:] for clip in clips])
+    if count is None:
+        count = min(most, *(_length(item, fps) for item in videos))
+        count = max(0, count - 1) // factor * factor + 1
+    size = dict(fps=fps, height=height, width=width)
+    return torch.stack([read_video(item, num_frames=count, from_end=True, **size).frames for item in videos])
+
+
+def _length(video, fps: float) -> int:
+    """Frames that a video has at a rate."""
+    return count_frames(video, fps)[0] if isinstance(video, FILE_TYPES) else read_video(video).frames.shape[1]
 
 
 def _is_list_of_videos(video) -> bool:
