@@ -165,6 +165,11 @@ class ClipDataset(Dataset):
     def key(self, index: int) -> str:
         return self._items[index][1]
 
+    def files(self, index: int) -> dict[str, bytes | Path]:
+        """The stored files of a sample by extension, undecoded (to name what is computed from them by content)."""
+        source, key = self._items[index]
+        return source.read(key)
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict | None:
         """Sample `index`, its window and crop by `draw` where (index, draw) is given. None for a skipped one."""
         index, draw = index if isinstance(index, tuple) else (index, 0)

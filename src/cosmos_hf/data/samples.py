@@ -43,7 +43,7 @@ class SampleReader:
 
     def read(self, files: dict[str, bytes | Path], key: str, rng: np.random.Generator) -> dict:
         """Files by extension (without the dot) -> the window and crop that `rng` draws. ValueError says what is wrong."""
-        video = self._video(files)
+        video = self.video(files)
         if self.num_frames is None:
             return self.crop_sample(self.read_whole(files, key), rng)
         length, rate = count_frames(video, self.fps)
@@ -55,7 +55,7 @@ class SampleReader:
     def read_whole(self, files: dict[str, bytes | Path], key: str) -> dict:
         """The whole clip, resized but not cut."""
         height, width = self.size or (None, None)
-        clip = read_video(self._video(files), fps=self.fps, height=height, width=width)
+        clip = read_video(self.video(files), fps=self.fps, height=height, width=width)
         return self._assemble(files, key, clip, clip.frames.shape[1], 0)
 
     def cut(self, sample: dict, rng: np.random.Generator) -> dict:
@@ -104,7 +104,8 @@ class SampleReader:
             raise ValueError(f"no caption: {key}.txt, or 'caption' in {key}.json, is missing or empty")
         return caption, record
 
-    def _video(self, files: dict[str, bytes | Path]) -> bytes | Path:
+    def video(self, files: dict[str, bytes | Path]) -> bytes | Path:
+        """The one among a sample's files that is its video."""
         for suffix in VIDEO_SUFFIXES:
             if suffix[1:] in files:
                 return files[suffix[1:]]

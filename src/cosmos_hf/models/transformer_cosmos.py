@@ -34,6 +34,15 @@ PRESETS = {
     "7b-video2world": dict(in_channels=17),
     "14b-text2world": _14B,
     "14b-video2world": dict(in_channels=17, **_14B),
+    "nano-video2world": dict(
+        in_channels=17,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        text_embed_dim=128,
+        adaln_lora_dim=32,
+        max_size=(32, 48, 48),
+    ),
     "tiny": _TINY,
     "tiny-video2world": dict(in_channels=17, **_TINY),
 }

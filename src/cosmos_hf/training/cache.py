@@ -1,0 +1,167 @@
+"""Latents and text embeddings on disk, computed once, named by the content that they depend on.
+
+    <folder>/latents-<hash of the tokenizer>/<hash of the video>-<start>-<num_frames>.safetensors
+    <folder>/text-<hash of the text encoder>/<hash of the caption>.safetensors
+
+So a changed video, tokenizer, size or caption is coded again, and nothing else is. The video tokenizer is causal: the
+latents of a window that starts at frame 8 are not those of the whole clip from frame 8 on, since its first frame is
+coded alone. Windows are therefore coded one by one, for a short list of starts, and training draws among those.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from ..data.clips import BROKEN, ClipDataset
+from ..data.video import count_frames, to_float
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from .text import embed_tokens, tokenize
+
+logger = logging.getLogger(__name__)
+
+
+def model_hash(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight or config value."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    known = {k: v for k, v in config.items() if not k.startswith("_") and "version" not in k}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class LatentDataset(Dataset):
+    """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), `fps`, `caption`, `key`.
+
+    Args:
+        windows: per clip the files of its windows.
+        captions, keys: per clip.
+        random: draw among a clip's windows (by the sampler's draw), else its first.
+    """
+
+    def __init__(self, windows: list[list[Path]], captions: list[str], keys: list[str], random: bool = True):
+        self.windows, self.captions, self.keys, self.random = windows, captions, keys, random
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        index, draw = index if isinstance(index, tuple) else (index, 0)
+        files = self.windows[index]
+        path = files[int(np.random.default_rng(draw).integers(len(files))) if self.random else 0]
+        with safe_open(path, "pt") as file:
+            latents, fps = file.get_tensor("latents").float(), float(file.metadata()["fps"])
+        return {"latents": latents, "fps": fps, "caption": self.captions[index], "key": self.keys[index]}
+
+
+@torch.no_grad()
+def cache_latents(
+    clips: ClipDataset,
+    tokenizer: CosmosVideoTokenizer,
+    folder: str | Path,
+    num_frames: int,
+    starts: list[int],
+    random: bool = True,
+    progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> LatentDataset:
+    """Code what is not yet on disk and return all of it. Windows that a clip is too short for are left out.
+
+    `clips` must give whole clips (`num_frames=None`, `random=False`). Process `rank` of `world_size` codes its share;
+    the caller lets all processes finish before training, for the result names the files of all.
+    A clip that cannot be read or holds none of the windows is treated by the policy of `clips` for broken samples.
+    """
+    if clips.reader.num_frames is not None or clips.reader.random:
+        raise ValueError("caching needs whole clips: ClipDataset(..., num_frames=None, random=False)")
+    folder = Path(folder) / f"latents-{model_hash(tokenizer)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    windows, captions, keys = [], [], []
+    for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
+        files, key = clips.files(i), clips.key(i)
+        try:
+            name, length = _video_hash(clips, files), count_frames(clips.reader.video(files), clips.reader.fps)[0]
+            paths = {s: folder / f"{name}-{s}-{num_frames}.safetensors" for s in starts if s + num_frames <= length}
+            if not paths:
+                raise ValueError(f"it has {length} frames: too few for {num_frames} from any of the starts {starts}")
+            missing = [start for start, path in paths.items() if not path.exists()]
+            if missing and i % world_size == rank:
+                sample = clips.reader.read_whole(files, key)
+                for start in missing:
+                    _write_window(sample, start, num_frames, tokenizer, paths[start])
+            caption = clips.reader.text(files, key)[0]
+        except BROKEN as error:
+            clips.broken.meet(key, error, len(clips))
+            continue
+        windows.append(list(paths.values()))
+        captions.append(caption)
+        keys.append(key)
+    return LatentDataset(windows, captions, keys, random)
+
+
+def _video_hash(clips: ClipDataset, files: dict) -> str:
+    """The video's bytes and how they are made into frames."""
+    video = clips.reader.video(files)
+    digest = hashlib.sha256(video if isinstance(video, bytes) else video.read_bytes())
+    digest.update(repr((clips.reader.size, clips.reader.crop, clips.reader.fps)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _write_window(sample: dict, start: int, num_frames: int, tokenizer: CosmosVideoTokenizer, path: Path):
+    video = to_float(sample["video"][:, start : start + num_frames])[None]
+    latents = tokenizer.encode(video.to(tokenizer.device, tokenizer.dtype)).latents.float()
+    latents = tokenizer.normalize(latents)[0].half().cpu().contiguous()
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"the latents of {sample['key']!r} are not finite: look at the tokenizer's latents_std")
+    metadata = {"fps": repr(sample["fps"])}
+    _write(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
+
+
+def _write(path: Path, write):
+    """All or nothing: a run that is cut must not leave half a file behind that counts as cached."""
+    temporary = path.with_suffix(f".partial-{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def cache_text(
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: T5EncoderModel,
+    folder: str | Path,
+    length: int,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Caption -> file of its embeddings [N, D] up to the text's end, in the encoder's dtype; `load_text` pads them."""
+    folder = Path(folder) / f"text-{model_hash(encoder)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for caption in tqdm(sorted(set(captions)), desc="texts", unit="text", disable=not progress):
+        ids, mask = tokenize(tokenizer, [caption], length)
+        digest = hashlib.sha256(json.dumps(ids[mask.bool()].tolist()).encode()).hexdigest()[:32]
+        paths[caption] = folder / f"{digest}.safetensors"
+        if not paths[caption].exists():
+            embeds = embed_tokens(encoder, ids.to(encoder.device), mask.to(encoder.device))[0, : int(mask.sum())]
+            embeds = embeds.cpu().contiguous()
+            _write(paths[caption], lambda temporary, embeds=embeds: save_file({"embeds": embeds}, temporary))
+    return paths
+
+
+def load_text(path: Path, length: int) -> torch.Tensor:
+    """Embeddings [length, D], zero past the text's end, float32."""
+    with safe_open(path, "pt") as file:
+        embeds = file.get_tensor("embeds").float()
+    return torch.cat([embeds, embeds.new_zeros(length - len(embeds), embeds.shape[1])])

@@ -1,0 +1,120 @@
+"""Settings of a run: flat dataclasses, read from a YAML file and from flags.
+
+    parse(TokenizerConfig, ["--config", "training/configs/nano_tokenizer.yaml", "--learning_rate", "1e-3"])
+
+The file sets defaults, flags override, an unknown key in either is an error.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class RunConfig:
+    """What every run has, whatever it trains."""
+
+    output_dir: str = field(default="", metadata={"help": "folder of checkpoints, log and export"})
+    data: list[str] = field(default_factory=list, metadata={"help": "folders of shards or videos to train on"})
+    val_data: list[str] = field(default_factory=list, metadata={"help": "folders to validate on; none: no validation"})
+    preset: str = field(default="tiny", metadata={"help": "size of the model: a name in its PRESETS table"})
+    init_from: str = field(
+        default="", metadata={"help": "folder of a saved model to start from; empty: random weights"}
+    )
+    seed: int = 0
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps of the whole run; the schedule's length"})
+    max_minutes: float = field(default=0, metadata={"help": "stop (with a checkpoint) after this long; 0: no limit"})
+    batch_size: int = field(default=1, metadata={"help": "clips per process and micro-step"})
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-4
+    lr_schedule: str = field(default="constant", metadata={"help": "after the warm-up: constant or cosine"})
+    cooldown_steps: int = field(
+        default=0, metadata={"help": "constant only: fall linearly over the last so many steps"}
+    )
+    min_lr_ratio: float = field(default=0.0, metadata={"help": "end of cosine or cool-down, a share of learning_rate"})
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    clip_norm: float = field(default=1.0, metadata={"help": "gradient norm to clip to"})
+    max_grad_norm_before_stop: float = field(default=1e4, metadata={"help": "a norm above this stops the run"})
+    ema_width: float = field(default=0.1, metadata={"help": "s of the power-function EMA; 0: none"})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
+    gradient_checkpointing: bool = False
+    num_workers: int = field(default=0, metadata={"help": "processes that decode; 0: in the training process"})
+    keep_decoded: bool = field(
+        default=False, metadata={"help": "keep decoded clips in memory (num_workers must be 0)"}
+    )
+    on_broken: str = field(default="error", metadata={"help": "broken samples: error or skip"})
+    log_every: int = 20
+    validate_every: int = field(default=0, metadata={"help": "steps between validations; 0: at the end only"})
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: bool = field(default=True, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    report_to: str = field(
+        default="", metadata={"help": "tracker of accelerate (tensorboard, trackio, wandb); empty: none"}
+    )
+    progress: bool = True
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation", "max_steps", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}: the run would learn nothing")
+        for name, legal in (
+            ("lr_schedule", ("constant", "cosine")),
+            ("mixed_precision", ("no", "fp16", "bf16")),
+            ("on_broken", ("error", "skip")),
+        ):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} must be one of {', '.join(legal)}, got {getattr(self, name)!r}")
+        if self.cooldown_steps and self.lr_schedule != "constant":
+            raise ValueError("cooldown_steps belongs to lr_schedule: constant; a cosine falls by itself")
+        if self.keep_decoded and self.num_workers:
+            raise ValueError("keep_decoded needs num_workers=0: every worker process would keep its own copy")
+
+
+def parse(cls: type[RunConfig], argv: list[str] | None = None) -> RunConfig:
+    """Flags, over the file named by `--config`, over the dataclass's defaults. Raises ValueError for an unknown key."""
+    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with defaults for the flags below")
+    path = parser.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**read_yaml(cls, path))
+    arguments = vars(parser.parse_args(argv))
+    arguments.pop("config")
+    config = cls(**arguments)
+    if not config.output_dir or not config.data:
+        raise ValueError("output_dir and data must be given, in the file or as flags")
+    return config
+
+
+def read_yaml(cls: type, path: str | Path) -> dict:
+    """The settings in a YAML file. Raises ValueError naming a key that `cls` does not have, and the nearest one it has."""
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{path}: unknown key {key!r}{f', did you mean {near[0]!r}?' if near else ''}")
+        values[key] = _checked(path, known[key], value)
+    return values
+
+
+def _checked(path, setting: dataclasses.Field, value):
+    """The value of a setting; YAML reads 1e-4 as a string. Raises ValueError for one of another type."""
+    wanted = getattr(setting.type, "__origin__", setting.type)
+    if wanted is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if type(value) is not wanted:
+        raise ValueError(f"{path}: {setting.name} must be of type {wanted.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,306 @@
+"""Training of diffusion world models (arXiv 2501.03575, section 5.1): what to build, the loss, validation.
+
+Latents come from `cache`, noise and weights from `CosmosEDMScheduler`, given frames from `conditioning.frames`; this module
+joins them. Text is a small T5 encoder trained along, or the cached embeddings of a frozen one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, T5EncoderModel
+
+from ..conditioning.frames import FrameCondition, condition_indicator, condition_mask
+from ..data.clips import ClipDataset
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
+from ..models.uncertainty_cosmos import UncertaintyHead
+from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .cache import LatentDataset, cache_latents, cache_text, load_text
+from .config import RunConfig
+from .loop import TrainingError, to_device
+from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, tokenize
+
+# Edges of the noise bands that the loss is logged by, in units of sigma_data: details, shapes, layout, next to nothing left.
+BANDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
+
+
+@dataclass
+class DiffusionConfig(RunConfig):
+    family: str = field(default="diffusion", metadata={"help": "kind of world model"})
+    vae: str = field(default="", metadata={"help": "folder of the continuous video tokenizer"})
+    cache_dir: str = field(default="", metadata={"help": "where latents and text are kept; empty: output_dir/cache"})
+    num_frames: int = field(
+        default=17, metadata={"help": "length of a window in pixel frames, 1 + k * the tokenizer's"}
+    )
+    window_starts: list[int] = field(default_factory=lambda: [0], metadata={"help": "first frames of the windows"})
+    height: int = field(default=0, metadata={"help": "resize to this; 0: as stored"})
+    width: int = 0
+    fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
+    train_text_encoder: bool = field(default=False, metadata={"help": "train a small T5 encoder and vocabulary along"})
+    text_preset: str = field(default="nano", metadata={"help": "its size: a name in TEXT_PRESETS"})
+    vocab_size: int = 1024
+    text_encoder: str = field(default="", metadata={"help": "else: folder with text_encoder/ and tokenizer/, frozen"})
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "text tokens; shorter texts are padded with zeros"}
+    )
+    text_dropout: float = field(default=0.2, metadata={"help": "share of samples that see no text"})
+    max_condition_frames: int = field(default=2, metadata={"help": "latent frames given: uniform in 0..this"})
+    learned_uncertainty: bool = True
+    p_mean: float = field(default=0.0, metadata={"help": "mean of ln(sigma)"})
+    p_std: float = 1.0
+    scale_noise_by_frames: bool = field(default=False, metadata={"help": "sigma times sqrt(latent frames)"})
+    val_clips: int = field(default=32, metadata={"help": "clips of each validation set to measure on"})
+    num_inference_steps: int = field(default=35, metadata={"help": "written into the exported pipeline"})
+    guidance_scale: float = field(default=7.0, metadata={"help": "written into the exported pipeline"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.family != "diffusion":
+            raise ValueError(f"family must be diffusion, got {self.family!r}")
+        if self.train_text_encoder == bool(self.text_encoder):
+            raise ValueError("give either train_text_encoder: true or the folder of a frozen text_encoder")
+        if bool(self.height) != bool(self.width):
+            raise ValueError("give height and width together")
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
+        if not self.window_starts or min(self.window_starts) < 0 or self.max_condition_frames < 0:
+            raise ValueError("window_starts must be one or more frames >= 0, max_condition_frames must be >= 0")
+        self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
+
+
+class WorldModel(nn.Module):
+    """All that a run trains, as one module: the transformer, and where there are such the text encoder and the uncertainty.
+
+    A container, so that one `forward` goes through accelerate's wrappers; each part is saved on its own.
+    """
+
+    def __init__(
+        self,
+        transformer: CosmosWorldTransformer3D,
+        text_encoder: T5EncoderModel | None = None,
+        uncertainty: UncertaintyHead | None = None,
+    ):
+        super().__init__()
+        self.transformer, self.text_encoder, self.uncertainty = transformer, text_encoder, uncertainty
+
+    def forward(self, hidden_states, timestep, text, keep, fps, condition_mask):
+        """Raw output [B, C, T', H', W'] and log variance [B] (None without uncertainty).
+
+        text: (ids [B, N], mask [B, N]) for the encoder, or embeddings [B, N, D]. keep [B]: 0 where a sample sees no text.
+        """
+        embeds = text if self.text_encoder is None else embed_tokens(self.text_encoder, *text)
+        embeds = embeds * keep[:, None, None].to(embeds.dtype)
+        output = self.transformer(hidden_states, timestep, embeds, fps=fps, condition_mask=condition_mask).sample
+        return output, None if self.uncertainty is None else self.uncertainty(timestep)
+
+
+def build_model(config: DiffusionConfig) -> WorldModel:
+    """From `init_from` (a pipeline's folder; its `uncertainty` beside it where a run exported it) or with random weights."""
+    base = Path(config.init_from) if config.init_from else None
+    if base:
+        transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
+    elif config.preset in PRESETS:
+        transformer = CosmosWorldTransformer3D(**PRESETS[config.preset])
+    else:
+        raise ValueError(f"unknown preset {config.preset!r}; there is {', '.join(PRESETS)}")
+    text_encoder = None
+    if config.train_text_encoder:
+        if base:
+            text_encoder = T5EncoderModel.from_pretrained(base / "text_encoder")
+        else:
+            text_encoder = build_text_encoder(config.text_preset, config.vocab_size)
+        if text_encoder.config.d_model != transformer.config.text_embed_dim:
+            raise ValueError(
+                f"the text encoder is {text_encoder.config.d_model} wide, the transformer takes "
+                f"{transformer.config.text_embed_dim} (text_embed_dim): choose another text_preset"
+            )
+    uncertainty = None
+    if config.learned_uncertainty:
+        kept = base and (base / "uncertainty").is_dir()
+        uncertainty = UncertaintyHead.from_pretrained(base / "uncertainty") if kept else UncertaintyHead()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return WorldModel(transformer, text_encoder, uncertainty)
+
+
+def build_scheduler(config: DiffusionConfig) -> CosmosEDMScheduler:
+    return CosmosEDMScheduler(
+        p_mean=config.p_mean, p_std=config.p_std, scale_noise_by_frames=config.scale_noise_by_frames
+    )
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+class Texts:
+    """Captions of a batch -> what `WorldModel` takes: ids and mask, or a frozen encoder's embeddings from the disk.
+
+    Attributes: `tokenizer`, and `encoder` where it is frozen (on the CPU; a pipeline is exported with it).
+    """
+
+    def __init__(self, config: DiffusionConfig, captions: list[str], val_captions: list[str]):
+        self.length, self.paths, self.encoder = config.max_sequence_length, None, None
+        if config.train_text_encoder:
+            source = Path(config.init_from or config.output_dir) / "tokenizer"
+            with PartialState().main_process_first():
+                self.tokenizer = load_or_train_vocabulary(source, captions, config.vocab_size)
+            tokenize(self.tokenizer, sorted(set(captions + val_captions)), self.length)  # too long ones show up now
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(Path(config.text_encoder) / "tokenizer")
+            self.encoder = T5EncoderModel.from_pretrained(Path(config.text_encoder) / "text_encoder")
+            with PartialState().main_process_first():
+                self.paths = cache_text(
+                    captions + val_captions,
+                    self.tokenizer,
+                    self.encoder,
+                    config.cache_dir,
+                    self.length,
+                    config.progress,
+                )
+
+    def collate(self, samples: list[dict]) -> dict:
+        captions = [sample["caption"] for sample in samples]
+        if self.paths is None:
+            text = tokenize(self.tokenizer, captions, self.length)
+        else:
+            text = torch.stack([load_text(self.paths[caption], self.length) for caption in captions])
+        latents = torch.stack([sample["latents"] for sample in samples])
+        return {"latents": latents, "text": text, "fps": torch.tensor([sample["fps"] for sample in samples])}
+
+
+def build_datasets(
+    config: DiffusionConfig, vae: CosmosVideoTokenizer
+) -> tuple[LatentDataset, dict[str, LatentDataset]]:
+    """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips)."""
+    if (config.num_frames - 1) % vae.config.temporal_compression:
+        raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
+    if vae.config.latents_mean is None:
+        raise ValueError(
+            f"{config.vae} has no latents_mean and latents_std in its config: run compute_latent_stats first"
+        )
+    state = PartialState()
+
+    def cached(paths, starts, random):
+        clips = ClipDataset(
+            paths,
+            size=(config.height, config.width) if config.height else None,
+            fps=config.fps or None,
+            random=False,
+            need_caption=True,
+            on_broken=config.on_broken,
+        )
+        share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes)
+        return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
+
+    train = cached(config.data, config.window_starts, True)
+    validation = {}
+    for path in config.val_data:
+        whole = cached(path, config.window_starts[:1], False)
+        n = config.val_clips
+        validation[Path(path).name] = LatentDataset(whole.windows[:n], whole.captions[:n], whole.keys[:n], False)
+    state.wait_for_everyone()
+    return train, validation
+
+
+# ---- loss ---------------------------------------------------------------------------------------------------------
+
+
+class DiffusionLoss:
+    """`compute_loss` of `fit`: the weighted denoising error with the learned uncertainty (spec of EDM2)."""
+
+    def __init__(self, config: DiffusionConfig, scheduler: CosmosEDMScheduler, takes_condition_mask: bool):
+        self.config, self.scheduler, self.takes_condition_mask = config, scheduler, takes_condition_mask
+
+    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
+        latents, device = batch["latents"], batch["latents"].device
+        counts = None
+        if self.takes_condition_mask:
+            # Per sample; the reference draws once per process, where a batch is a sample or two.
+            counts = torch.randint(self.config.max_condition_frames + 1, (len(latents),), device=device)
+        keep = (torch.rand(len(latents), device=device) >= self.config.text_dropout).float()
+        plain, log_variance, sigma = self.losses(model, batch, counts, keep)
+        loss = plain if log_variance is None else plain * (-log_variance).exp() + log_variance
+        return loss.mean(), {"denoising": plain.detach().mean(), **self._by_band(plain.detach(), sigma)}
+
+    def losses(self, model: nn.Module, batch: dict, counts: torch.Tensor | None, keep: torch.Tensor):
+        """(weighted squared error [B], about 1 for a model that knows nothing; log variance [B] or None; sigma [B]).
+
+        counts [B]: latent frames given to each sample. Draws noise levels and noises from torch's global generator.
+        """
+        scheduler = self.scheduler
+        latents = batch["latents"] * scheduler.config.sigma_data  # [B, C, T', H', W']
+        size, frames, device = len(latents), latents.shape[2], latents.device
+        sigma = scheduler.sample_training_sigmas(size, frames, device=device)
+        noisy = scheduler.add_noise(latents, torch.randn_like(latents), sigma)
+        condition = mask = None
+        if counts is not None:
+            indicator = condition_indicator(frames, counts, device)
+            mask = condition_mask(indicator, *latents.shape[3:])
+            condition = FrameCondition(
+                latents=latents,
+                indicator=indicator,
+                augment_sigma=scheduler.sample_augment_sigmas(size, device=device),
+                augment_noise=torch.randn_like(latents),
+                release=False,
+            )
+        log_variance = None
+
+        def network(hidden_states, c_noise):
+            nonlocal log_variance
+            c_noise = c_noise.reshape(-1).expand(size)
+            output, log_variance = model(hidden_states, c_noise, batch["text"], keep, batch["fps"], mask)
+            return output
+
+        denoised = scheduler.denoise(network, noisy, sigma, condition)
+        return scheduler.loss(denoised, latents, sigma), log_variance, sigma
+
+    def _by_band(self, plain: torch.Tensor, sigma: torch.Tensor) -> dict:
+        """Mean error in each band of noise; NaN, which the log leaves out, where the batch has none there."""
+        level = sigma / self.scheduler.config.sigma_data
+        pairs = zip(BANDS[:-1], BANDS[1:], strict=True)
+        return {f"denoising_{low:g}_{high:g}": plain[(level >= low) & (level < high)].mean() for low, high in pairs}
+
+
+@torch.no_grad()
+def validate(
+    model: WorldModel, loss: DiffusionLoss, texts: Texts, datasets: dict[str, LatentDataset], batch_size: int
+) -> dict:
+    """Denoising error on every validation set, with 0, 1 and `max_condition_frames` frames given; the same draws each time."""
+    device, figures = next(model.parameters()).device, {}
+    given = sorted({0, 1, loss.config.max_condition_frames}) if loss.takes_condition_mask else [0]
+    for name, dataset in datasets.items():
+        for count in given:
+            errors = []
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                for batch in DataLoader(dataset, batch_size, collate_fn=texts.collate):
+                    batch = to_device(batch, device)
+                    size = len(batch["latents"])
+                    counts = torch.full((size,), count, device=device) if loss.takes_condition_mask else None
+                    errors.append(loss.losses(model, batch, counts, torch.ones(size, device=device))[0])
+            figures[f"{name}_denoising_given{count}"] = torch.cat(errors).mean().item()
+    return figures
+
+
+@torch.no_grad()
+def check_reload(model: WorldModel, again: WorldModel, text, num_frames: int = 2):
+    """Compare one forward pass of two models; TrainingError where they differ. text: as `WorldModel.forward` takes it, B = 1."""
+    device = next(model.parameters()).device
+    config = model.transformer.config
+    side = 2 * config.patch_size[1]
+    x = torch.linspace(-1, 1, config.out_channels * num_frames * side * side, device=device)
+    x = x.view(1, config.out_channels, num_frames, side, side)
+    mask = x.new_zeros(1, 1, num_frames, side, side) if model.transformer.takes_condition_mask else None
+    text = tuple(t.to(device) for t in text) if isinstance(text, tuple) else text.to(device)
+    inputs = (x, x.new_zeros(1), text, x.new_ones(1), 24.0, mask)
+    training = model.training
+    a, b = (m.to(device).eval()(*inputs)[0] for m in (model, again))
+    model.train(training)
+    if not torch.allclose(a.float(), b.float(), atol=1e-4):
+        raise TrainingError(
+            f"the saved model does not compute what the trained one does (off by {(a - b).abs().max():.3g})"
+        )

@@ -1,0 +1,115 @@
+"""Training of video tokenizers (arXiv 2501.03575, section 3.2): what to build, the losses, export and validation."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data.clips import ClipDataset
+from ..data.video import to_float
+from ..evaluation.metrics import psnr, ssim
+from ..models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from .config import RunConfig
+from .loop import TrainingError
+
+
+@dataclass
+class TokenizerConfig(RunConfig):
+    num_frames: int = field(default=17, metadata={"help": "length of the windows"})
+    crop_height: int = field(default=0, metadata={"help": "random crop; 0: the whole frame"})
+    crop_width: int = 0
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.crop_height) != bool(self.crop_width):
+            raise ValueError("give crop_height and crop_width together")
+
+
+def build_model(config: TokenizerConfig) -> CosmosVideoTokenizer:
+    if config.init_from:
+        model = CosmosVideoTokenizer.from_pretrained(config.init_from)
+    elif config.preset in PRESETS:
+        model = CosmosVideoTokenizer(**PRESETS[config.preset])
+    else:
+        raise ValueError(f"unknown preset {config.preset!r}; there is {', '.join(PRESETS)}")
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def build_dataset(config: TokenizerConfig) -> ClipDataset:
+    return ClipDataset(
+        config.data,
+        num_frames=config.num_frames,
+        crop=(config.crop_height, config.crop_width) if config.crop_height else None,
+        keep_decoded=config.keep_decoded,
+        on_broken=config.on_broken,
+    )
+
+
+class TokenizerLoss:
+    """`compute_loss` of `fit`: reconstruction in pixels."""
+
+    def __init__(self, config: TokenizerConfig):
+        self.config = config
+
+    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
+        video = to_float(batch["video"])
+        error = model(video).sample - video
+        l1, l2 = error.abs().mean(), error.square().mean()
+        loss = self.config.l1_weight * l1 + self.config.l2_weight * l2
+        return loss, {"l1": l1.detach(), "psnr": -10 * torch.log10(l2.detach() / 4)}
+
+
+@torch.no_grad()
+def export(model: CosmosVideoTokenizer, folder: Path):
+    """Save, load again and compare one reconstruction."""
+    model.save_pretrained(folder)
+    again = CosmosVideoTokenizer.from_pretrained(folder).to(model.device)
+    side = 2 * model.config.spatial_compression
+    video = torch.linspace(-1, 1, 3 * side * side, device=model.device).view(1, 3, 1, side, side)
+    video = video.expand(-1, -1, 1 + model.config.temporal_compression, -1, -1)
+    if not torch.allclose(model(video).sample, again(video).sample, atol=1e-4):
+        raise TrainingError(f"the tokenizer saved to {folder} does not compute what the trained one does")
+
+
+@torch.no_grad()
+def validate(model: CosmosVideoTokenizer, config: TokenizerConfig) -> dict:
+    """PSNR (dB) and SSIM on the first clips of every validation set, whole frames: means over clips and frames."""
+    figures = {}
+    for path in config.val_data:
+        clips = ClipDataset(path, num_frames=config.num_frames, random=False)
+        scores = []
+        for i in range(min(config.val_clips, len(clips))):
+            video = to_float(clips[i]["video"])[None].to(model.device)
+            result = model(video).sample
+            scores.append(torch.stack([psnr(result, video).mean(), ssim(result, video).mean()]))
+        name = Path(path).name
+        figures[f"{name}_psnr"], figures[f"{name}_ssim"] = torch.stack(scores).mean(0).tolist()
+    return figures
+
+
+@torch.no_grad()
+def compute_latent_stats(
+    model: CosmosVideoTokenizer, dataset: ClipDataset, max_clips: int = 512, per_frame: bool = False
+):
+    """Mean and standard deviation of the latents per channel (and per latent frame), written into the model's config.
+
+    Clips must have one length. Returns (mean, std) as stored. `model.save_pretrained` keeps them.
+    """
+    total = square = count = 0
+    for i in range(min(max_clips, len(dataset))):
+        latents = (
+            model.encode(to_float(dataset[i]["video"])[None].to(model.device)).latents[0].double()
+        )  # [C, T', H', W']
+        dims = (2, 3) if per_frame else (1, 2, 3)
+        total, square = total + latents.sum(dims), square + latents.square().sum(dims)
+        count += latents[0].numel() // (latents.shape[1] if per_frame else 1)
+    mean = total / count
+    std = (square / count - mean**2).clamp(min=1e-12).sqrt()
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return mean, std
