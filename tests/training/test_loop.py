@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.loop_problem import losses, plain_loss, run
 
 from cosmos_hf.training.config import RunConfig
 from cosmos_hf.training.loop import TrainingError, checkpoints, learning_rate_factor
+from loop_problem import losses, plain_loss, run
 
 
 def test_it_learns(tmp_path):
@@ -48,7 +48,7 @@ def test_another_seed_is_another_run(tmp_path):
 def test_two_processes_resume_exactly_and_train_as_one(tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
-    program = Path(__file__).with_name("loop_problem.py")
+    program = Path(__file__).parents[1] / "loop_problem.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, str(program), str(tmp_path)], check=True, env=environment, timeout=120)
     assert len(losses(tmp_path / "straight")) == 6  # one process writes
