@@ -28,6 +28,7 @@ from .video_layers import (
     Upsample,
     haar_patch,
     haar_unpatch,
+    start_as_projection,
 )
 
 # Sizes by the name of the published model; `CosmosVideoTokenizer(**PRESETS["cv8x8x8"])`.
@@ -237,6 +238,7 @@ class CosmosVideoTokenizer(ModelMixin, ConfigMixin):
         self.quant_conv = CausalConv3d(z_channels, latent_channels, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(latent_channels, z_channels, (1, 1, 1))
         self.fsq = FiniteScalarQuantizer(fsq_levels) if quantizer == "fsq" else None
+        start_as_projection(self)
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
