@@ -67,6 +67,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def mean_with_interval(values: torch.Tensor) -> dict[str, float | int]:
+    """Values [N] of N clips -> {"mean", "low", "high" (95 %, over clips), "count"}, ready for JSON."""
+    low, high = bootstrap_interval(values)
+    return {"mean": float(values.double().mean()), "low": low, "high": high, "count": len(values)}
+
+
 def _check_pair(a: torch.Tensor, b: torch.Tensor):
     if a.shape != b.shape or a.ndim != 5 or not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(
