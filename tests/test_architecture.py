@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "convert": {"models"},
 }
 MAX_FILE, MAX_FUNCTION, MAX_MAIN = 450, 60, 120
-LONG_NAMES = {"forward", "__call__", "fit", "main", "__init__"}
+LONG_NAMES = {"forward", "__call__", "fit", "fit_adversarial", "main", "__init__"}
 
 
 def parts_of(path):

@@ -10,38 +10,35 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
+
 from cosmos_hf import CosmosVideoTokenizer
-from cosmos_hf.data.clips import collate_clips
-from cosmos_hf.training.config import parse
+from cosmos_hf.data.clips import ClipDataset, collate_clips
+from cosmos_hf.training.adversarial import fit_adversarial
+from cosmos_hf.training.config import TokenizerConfig, parse
 from cosmos_hf.training.loop import fit
-from cosmos_hf.training.tokenizer import (
-    TokenizerConfig,
-    TokenizerLoss,
-    build_dataset,
-    build_model,
-    compute_latent_stats,
-    export,
-    validate,
-)
+from cosmos_hf.training.losses import ReconstructionLoss
+from cosmos_hf.training.tokenizer import build_dataset, build_model, compute_latent_stats, export, validate
 
 
 def main(argv=None):
     logging.basicConfig(level=logging.INFO)
     config = parse(TokenizerConfig, argv)
-    dataset = build_dataset(config)
-    fit(
+    train = fit_adversarial if config.adversarial_weight else fit
+    train(
         build_model(config),
-        TokenizerLoss(config),
-        dataset,
+        ReconstructionLoss(config),
+        build_dataset(config),
         config,
         collate=collate_clips,
         export=export,
         validate=partial(validate, config=config) if config.val_data else None,
     )
-    folder = Path(config.output_dir) / "export"
-    tokenizer = CosmosVideoTokenizer.from_pretrained(folder)
-    compute_latent_stats(tokenizer, dataset)
-    tokenizer.save_pretrained(folder)
+    if PartialState().is_main_process:
+        folder = Path(config.output_dir) / "export"
+        tokenizer = CosmosVideoTokenizer.from_pretrained(folder)
+        compute_latent_stats(tokenizer, ClipDataset(config.data, num_frames=config.num_frames))
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import torch
 
 from cosmos_hf.data.clips import ClipDataset, collate_clips
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.loop import TrainingError, fit
+from cosmos_hf.training.losses import ReconstructionLoss
 from cosmos_hf.training.tokenizer import (
-    TokenizerConfig,
-    TokenizerLoss,
     build_dataset,
     build_model,
     compute_latent_stats,
@@ -27,14 +27,14 @@ def settings(clips, folder, **more):
 def run(config):
     torch.manual_seed(0)
     model, dataset = build_model(config), build_dataset(config)
-    fit(model, TokenizerLoss(config), dataset, config, collate_clips, export)
+    fit(model, ReconstructionLoss(config), dataset, config, collate_clips, export)
     return model
 
 
 def test_loss_falls_on_one_batch(clips, tmp_path):
     config = settings(clips, tmp_path)
     batch = collate_clips([build_dataset(config)[i, 0] for i in range(2)])
-    model, loss_of = build_model(config), TokenizerLoss(config)
+    model, loss_of = build_model(config), ReconstructionLoss(config)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     history = []
     for _ in range(25):

@@ -80,6 +80,48 @@ class RunConfig:
             raise ValueError("keep_decoded needs num_workers=0: every worker process would keep its own copy")
 
 
+@dataclass
+class TokenizerConfig(RunConfig):
+    """A run of `training/train_tokenizer.py`. The weights are those of the terms in `losses`; 0 leaves a term out."""
+
+    num_frames: int = field(default=17, metadata={"help": "length of the windows"})
+    crop_height: int = field(default=0, metadata={"help": "random crop; 0: the whole frame"})
+    crop_width: int = 0
+    image_share: float = field(default=0.0, metadata={"help": "share of steps on single frames instead of clips"})
+    images_per_clip: int = field(default=4, metadata={"help": "how many frames of each clip such a step takes"})
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    perceptual_frames: int = field(default=2, metadata={"help": "random frames of a clip for perceptual and Gram"})
+    perceptual_backbone: str = field(default="efficientnet-lite0", metadata={"help": "or vgg16, with vgg_weights"})
+    vgg_weights: str = field(default="", metadata={"help": "torchvision's vgg16-397923af.pth"})
+    lpips_weights: str = field(default="", metadata={"help": "LPIPS's weights/v0.1/vgg.pth, to make it LPIPS itself"})
+    gram_weight: float = 0.0
+    temporal_weight: float = field(default=0.0, metadata={"help": "of the error of frame differences"})
+    adversarial_weight: float = field(default=0.0, metadata={"help": "above 0: the adversarial stage"})
+    discriminator_channels: int = 64
+    discriminator_learning_rate: float = 1e-4
+    discriminator_warmup: int = field(default=1000, metadata={"help": "steps in which only the discriminator learns"})
+    freeze_encoder: bool = field(default=False, metadata={"help": "adversarial stage: train the decoder only"})
+    val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.crop_height) != bool(self.crop_width):
+            raise ValueError("give crop_height and crop_width together")
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"image_share must be in [0, 1], got {self.image_share}")
+        names = [name for name in vars(self) if name.endswith("_weight")]
+        if min(getattr(self, name) for name in names) < 0 or not any(getattr(self, name) for name in names[:5]):
+            raise ValueError(f"{', '.join(names)} must be >= 0, and one of them above 0")
+        if self.adversarial_weight and not self.init_from:
+            raise ValueError("the adversarial stage starts from a trained tokenizer: give init_from")
+        if self.adversarial_weight and self.gradient_accumulation > 1:
+            raise ValueError("the adversarial stage has no gradient_accumulation: raise batch_size")
+        if self.freeze_encoder and not self.adversarial_weight:
+            raise ValueError("freeze_encoder belongs to the adversarial stage (adversarial_weight above 0)")
+
+
 def parse(cls: type[RunConfig], argv: list[str] | None = None) -> RunConfig:
     """Flags, over the file named by `--config`, over the dataclass's defaults. Raises ValueError for an unknown key."""
     parser = HfArgumentParser(cls, allow_abbrev=False)

@@ -101,12 +101,11 @@ def fit(
                 last = micro == config.gradient_accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     loss, logs = compute_loss(model, batch)
-                    _check_finite(loss, progress, folder)
+                    check_finite(loss, progress, folder)
                     accelerator.backward(loss / config.gradient_accumulation)
                 log.add(loss=loss.detach(), **logs)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if not torch.isfinite(norm) or norm > config.max_grad_norm_before_stop:
-                raise TrainingError(f"gradient norm {norm.item():.3g} at step {progress.step}. {_advice(folder)}")
+            check_norm(norm, config, progress, folder)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -258,9 +257,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
             shutil.rmtree(old)
 
 
-def _check_finite(loss: torch.Tensor, progress: Progress, folder: Path):
+def check_finite(loss: torch.Tensor, progress: Progress, folder: Path):
     if not torch.isfinite(loss):
         raise TrainingError(f"the loss is {loss.item()} at step {progress.step}. {_advice(folder)}")
+
+
+def check_norm(norm: torch.Tensor, config: RunConfig, progress: Progress, folder: Path):
+    if not torch.isfinite(norm) or norm > config.max_grad_norm_before_stop:
+        raise TrainingError(f"gradient norm {norm.item():.3g} at step {progress.step}. {_advice(folder)}")
 
 
 def _advice(folder: Path) -> str:

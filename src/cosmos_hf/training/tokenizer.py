@@ -1,32 +1,15 @@
-"""Training of video tokenizers (arXiv 2501.03575, section 3.2): what to build, the losses, export and validation."""
+"""Training of video tokenizers (arXiv 2501.03575, section 3.2): what to build, export, validation, statistics."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..data.clips import ClipDataset
 from ..data.video import to_float
 from ..evaluation.metrics import psnr, ssim
 from ..models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
-from .config import RunConfig
+from .config import TokenizerConfig
 from .loop import TrainingError
-
-
-@dataclass
-class TokenizerConfig(RunConfig):
-    num_frames: int = field(default=17, metadata={"help": "length of the windows"})
-    crop_height: int = field(default=0, metadata={"help": "random crop; 0: the whole frame"})
-    crop_width: int = 0
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if bool(self.crop_height) != bool(self.crop_width):
-            raise ValueError("give crop_height and crop_width together")
 
 
 def build_model(config: TokenizerConfig) -> CosmosVideoTokenizer:
@@ -49,20 +32,6 @@ def build_dataset(config: TokenizerConfig) -> ClipDataset:
         keep_decoded=config.keep_decoded,
         on_broken=config.on_broken,
     )
-
-
-class TokenizerLoss:
-    """`compute_loss` of `fit`: reconstruction in pixels."""
-
-    def __init__(self, config: TokenizerConfig):
-        self.config = config
-
-    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-        video = to_float(batch["video"])
-        error = model(video).sample - video
-        l1, l2 = error.abs().mean(), error.square().mean()
-        loss = self.config.l1_weight * l1 + self.config.l2_weight * l2
-        return loss, {"l1": l1.detach(), "psnr": -10 * torch.log10(l2.detach() / 4)}
 
 
 @torch.no_grad()

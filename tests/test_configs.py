@@ -1,0 +1,40 @@
+"""Every YAML in training/configs parses, and what it describes builds on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cosmos_hf.training import diffusion, tokenizer
+from cosmos_hf.training.config import TokenizerConfig, parse
+
+FILES = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
+PARAMETERS = {  # millions, of the network that the run trains
+    "cosmos_7b_text2world": 7236,
+    "cosmos_7b_video2world": 7236,
+    "cosmos_14b_text2world": 14267,
+    "cosmos_14b_video2world": 14267,
+    "nano_video2world": 6.9,
+    "nano_tokenizer": 3.0,
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_builds(path):
+    settings = yaml.safe_load(path.read_text())
+    family = diffusion if "family" in settings else tokenizer
+    config = parse(diffusion.DiffusionConfig if family is diffusion else TokenizerConfig, ["--config", str(path)])
+    for name, value in settings.items():
+        assert getattr(config, name) == value, name
+    if config.init_from:
+        return  # its size is that of the run that it goes on from
+    with torch.device("meta"):
+        model = family.build_model(config)
+    network = model.transformer if family is diffusion else model
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS.get(path.stem, millions), rel=0.02)
+
+
+def test_the_table_names_files_that_are_there():
+    assert set(PARAMETERS) <= {path.stem for path in FILES}
