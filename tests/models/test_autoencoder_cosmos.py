@@ -184,6 +184,14 @@ def test_save_and_load_in_a_fresh_process(tokenizer, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+def test_weights_of_another_size_do_not_load(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_res_blocks": 1', '"num_res_blocks": 2'))
+    with pytest.raises(ValueError, match="missing"):
+        CosmosVideoTokenizer.from_pretrained(tmp_path)
+
+
 def test_a_new_model_is_a_projection():
     """No residual branch speaks yet, so a grey video comes back grey and gradients reach the ends at full strength."""
     model = CosmosVideoTokenizer(**PRESETS["tiny"])

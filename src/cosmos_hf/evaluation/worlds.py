@@ -4,7 +4,7 @@ The masks of a generated video are not known. They are estimated from appearance
 (the "plate"): foreground is what differs from the plate in more than brightness, so that shadows do not count. The
 estimate is imperfect, therefore the true video itself is scored too: its IoU is the ceiling that a perfect prediction
 would reach. With the simulator's masks as reference, on 17 frames of the table-top's validation sets (5 clips of each), the
-ceiling is 0.68 to 0.76, at most 0.012 lower after noise of 30 dB, and a copied last frame has 0.06 to 0.17.
+ceiling is 0.68 to 0.76, at most 0.015 lower after noise of 30 dB, and a copied last frame has 0.06 to 0.17.
 """
 
 import torch

@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .quantizers import FiniteScalarQuantizer
+from .strict_loading import StrictLoadingMixin
 from .video_layers import (
     CausalConv3d,
     Downsample,
@@ -184,7 +185,7 @@ def _resamplings(config) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-class CosmosVideoTokenizer(ModelMixin, ConfigMixin):
+class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
     """Causal video autoencoder: continuous when `quantizer` is None, discrete when it is "fsq".
 
     Args:

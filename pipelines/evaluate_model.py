@@ -1,0 +1,95 @@
+"""Measure a video-to-world pipeline and its tokenizer on held-out clips, next to still pictures.
+
+    python pipelines/evaluate_model.py --data datasets/tabletop/val_iid datasets/tabletop/val_combo --output evaluation.json
+
+For every set: the tokenizer's reconstruction, and the future predicted from 1 and from 9 frames with the clip's caption as
+the prompt and the clip's index as the seed, against "copy the last frame" and "mean frame" (see cosmos_hf.evaluation).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
+from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
+from cosmos_hf.evaluation.perceptual import PerceptualDistance
+from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
+from cosmos_hf.evaluation.worlds import score_future, summarise_futures
+from cosmos_hf.pipelines.scripting import provenance, report
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=nano_path("video2world"))
+    parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
+    parser.add_argument("--output", default="outputs/evaluation.json")
+    parser.add_argument("--num_clips", type=int, default=16, help="of each set")
+    parser.add_argument("--conditioning_frames", type=int, nargs="+", default=[1, 9])
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--no_perceptual", action="store_true", help="leave out the learned distance (extra `eval`)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    with report(parser):
+        pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model).to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
+        figures = {"made_by": provenance(args, pipe)}
+        for path in args.data:
+            clips = ClipDataset(path, num_frames=pipe.config.num_frames, random=False)
+            samples = [clips[i] for i in range(min(args.num_clips, len(clips)))]
+            entry = {
+                "tokenizer": evaluate_reconstruction(reconstructor(pipe.vae), samples, perceptual, args.device)[
+                    "summary"
+                ]
+            }
+            for count in args.conditioning_frames:
+                sheet = Path(args.output).with_suffix("") / f"{Path(path).name}-{count}.png"
+                entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
+            figures[Path(path).name] = entry
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps(figures, indent=1))
+    print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")
+
+
+def reconstructor(vae):
+    return torch.no_grad()(lambda video: vae(video).sample)
+
+
+def futures(pipe, samples: list[dict], count: int, args, sheet: Path) -> dict:
+    """Predict every sample's future from `count` frames; summary of the scores, and the best and worst as a contact sheet."""
+    scores, videos = [], []
+    for seed, sample in enumerate(tqdm(samples, desc=f"{sample_set(samples)}, {count} frames", unit="clip")):
+        result = pipe(
+            video=sample["video"][:, :count],
+            prompt=sample["caption"],
+            num_conditioning_frames=count,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        )
+        generated = result.frames.transpose(1, 2).float().cpu() * 2 - 1
+        masks = sample["masks"][None] if "masks" in sample else None
+        scores.append(score_future(generated, to_float(sample["video"])[None], count, masks))
+        videos.append(to_uint8(generated[0]))
+    order = sorted(range(len(scores)), key=lambda i: scores[i]["model"]["psnr"].mean().item())
+    rows, shown = {}, list(range(0, videos[0].shape[1], 2))
+    for label, i in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
+        rows[f"{label}: {samples[i]['caption']}"] = videos[i][:, shown]
+        rows[f"{label}: what really happened"] = samples[i]["video"][:, shown]
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, [f"frame {t}" for t in shown]).save(sheet)
+    return summarise_futures(scores)
+
+
+def sample_set(samples: list[dict]) -> str:
+    return samples[0]["record"].get("split", "clips")
+
+
+if __name__ == "__main__":
+    main()
