@@ -29,11 +29,13 @@ def main(argv=None):
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         part.to(torch.bfloat16)
     pipe.save_pretrained(target)
-    for file in target.rglob("*.json"):
+    for file in (*target.rglob("*config.json"), target / "model_index.json"):
         values = json.loads(file.read_text())
-        if isinstance(values, dict):
-            kept = {key: value for key, value in values.items() if key != "_name_or_path"}
-            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        values.pop("_name_or_path", None)
+        file.write_text(json.dumps(values, indent=2) + "\n")
+    # transformers 5 writes a class name that transformers 4 does not have; this one exists in both.
+    for file in (target / "model_index.json", target / "tokenizer" / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     sample = ClipDataset(args.clips, num_frames=pipe.config.num_frames, random=False)[args.clip]
     metadata = {"caption": sample["caption"], "clip": sample["key"]}
     write_video(target / "example.mp4", sample["video"], sample["fps"], metadata, crf=12)

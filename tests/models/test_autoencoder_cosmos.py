@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,6 +183,23 @@ def test_save_and_load_in_a_fresh_process(tokenizer, tmp_path):
         "x, z = torch.load(d + '/expected.pt'); torch.testing.assert_close(m.encode(x).latents, z)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_offloading_hooks_run_before_coding():
+    """enable_model_cpu_offload brings a model to its device when it is called; encode and decode are calls, too."""
+
+    class Counter(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, counter = tiny(), Counter()
+    add_hook_to_module(model, counter)
+    latents = model.encode(torch.rand(1, 3, 1, 16, 16)).latents
+    model.decode(latents)
+    assert counter.calls == 2
 
 
 def test_weights_of_another_size_do_not_load(tokenizer, tmp_path):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .quantizers import FiniteScalarQuantizer
@@ -280,6 +281,7 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     # ---- coding ------------------------------------------------------------------------------------------------
 
+    @apply_forward_hook
     def encode(self, video: torch.Tensor, pad_frames: bool = False) -> TokenizerOutput:
         """Video [B, 3, T, H, W] in [-1, 1] -> `TokenizerOutput`.
 
@@ -299,6 +301,7 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
             z, indices = self.fsq(z)
         return TokenizerOutput(z.permute(0, 4, 1, 2, 3).contiguous(), indices)
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor, num_frames: int | None = None) -> TokenizerDecoderOutput:
         """Latents (or codes) [B, C, T', H', W'] -> video; `num_frames` crops what `encode(pad_frames=True)` added."""
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
@@ -316,6 +319,7 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
         z = self.post_quant_conv(latents.permute(0, 2, 3, 4, 1))
         return self.decoder(z, stream).permute(0, 4, 1, 2, 3).contiguous()
 
+    @apply_forward_hook
     def decode_indices(self, indices: torch.Tensor, num_frames: int | None = None) -> TokenizerDecoderOutput:
         """Indices [B, T', H', W'] of a discrete tokenizer -> video. Raises ValueError for a continuous one."""
         if self.fsq is None:
