@@ -1,0 +1,47 @@
+"""What the README and the model cards say runs, and their figures are those that were measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.S), ids=lambda code: code[:30])
+def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    exec(compile(code, "README", "exec"), {})
+
+
+def test_scripts_and_files_that_the_readme_names_exist():
+    named = re.findall(r"(?:training|pipelines|docs|model_cards|tests|src)/[\w./-]+\.(?:py|yaml|md|png)", README)
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_a_card_has_front_matter_and_measured_figures(card):
+    """Every figure of the card's table of results stands in the evaluation beside it."""
+    text = card.read_text()
+    assert text.startswith("---\nlicense: ") and "library_name: cosmos-hf" in text
+    measured = (card.parent / "evaluation.json").read_text()
+    means = {f"{leaf:.2f}" for leaf in leaves(json.loads(measured))}
+    table = re.search(r"<!-- results -->(.*?)<!-- end -->", text, flags=re.S)[1]
+    quoted = re.findall(r"\d+\.\d\d", table)
+    assert len(quoted) >= 8
+    assert not [figure for figure in quoted if figure not in means]
+
+
+def leaves(node):
+    """All means of an evaluation."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "mean" and isinstance(value, float):
+                yield value
+            else:
+                yield from leaves(value)
