@@ -33,6 +33,8 @@ def reconstruct_file(
     Returns frames, size, rate and the mean PSNR in dB. The temporal attention's keys and values are the one thing that grows,
     by a few kilobytes a frame. Raises ValueError for an unreadable file or an illegal size.
     """
+    if (height is None) != (width is None):
+        raise ValueError("give height and width together")
     if height is None:
         height, width = _legal_size(tokenizer, next(stream_video(source, fps))[1])
     pictures = stream_video(source, fps, height, width)
@@ -42,11 +44,12 @@ def reconstruct_file(
     with tqdm(unit="frame", disable=not progress) as bar:
         while batch := list(itertools.islice(pictures, size)):
             rate = batch[0][0]
-            writer = writer or VideoWriter(target, rate, {"source": str(source), "tokenizer": dict(tokenizer.config)})
             frames = torch.from_numpy(np.stack([np.asarray(picture) for _, picture in batch])).permute(3, 0, 1, 2)
             video = to_float(frames)[None].to(tokenizer.device)
             padded = video if count == 0 else _padded(video, tokenizer.config.temporal_compression)
             result = decoder.push(encoder.push(padded).latents)[:, :, : video.shape[2]]
+            # Only now: a size that the tokenizer refuses leaves no empty file behind.
+            writer = writer or VideoWriter(target, rate, {"source": str(source), "tokenizer": dict(tokenizer.config)})
             writer.write(to_uint8(result[0]))
             error = (result.clamp(-1, 1) - video).square().mean((0, 1, 3, 4)) / 4
             total_error += (-10 * error.clamp(min=1e-10).log10()).sum().item()
