@@ -26,6 +26,7 @@ SEEK_FROM = 5  # seconds: below, decoding from the beginning is cheap and exact 
 
 
 FILE_TYPES = (str, Path, bytes)
+FITS = ("crop", "pad")
 
 
 @dataclass
@@ -49,6 +50,7 @@ def read_video(
     width: int | None = None,
     start: float = 0.0,
     from_end: bool = False,
+    fit: str = "crop",
 ) -> Clip:
     """Any video or image -> `Clip`.
 
@@ -59,6 +61,8 @@ def read_video(
             frames do, however long the file.
         fps: rate to resample a file to by time stamp; None keeps its own. Lists and arrays are taken to have this rate.
         height, width: size to resize and crop to; None keeps the size.
+        fit: "crop" covers that size and cuts what is over; "pad" keeps the whole picture and mirrors its edges into the
+            rest (`letterbox` says where it lies).
         start: seconds into a file to begin at.
         from_end: the last `num_frames` frames, the last of which is the file's last.
 
@@ -66,19 +70,28 @@ def read_video(
     another layout, and where fewer than `num_frames` frames are to be had; the message names the file and the numbers.
     """
     _check_request(video, num_frames, fps, height, width, start, from_end)
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     if isinstance(video, FILE_TYPES):
-        pictures, rate, source = _from_file(video, num_frames, fps, height, width, start, from_end)
+        pictures, rate, source = _from_file(video, num_frames, fps, height, width, start, from_end, fit)
     else:
         pictures, rate, source = _from_memory(video), fps, {"kind": type(video).__name__}
+        if pictures:
+            source["source_size"] = [pictures[0].height, pictures[0].width]
         if num_frames is not None:
             pictures = pictures[-num_frames:] if from_end else pictures[:num_frames]
-        pictures = [fit_image(picture, height, width) for picture in pictures]
+        pictures = [fit_image(picture, height, width, fit) for picture in pictures]
     if num_frames is not None and len(pictures) < num_frames:
         raise _too_short(source.get("path", "the video"), len(pictures), rate, start, num_frames)
     if not pictures:
         raise ValueError(f"{source.get('path', 'the video')} holds no frame")
     frames = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(3, 0, 1, 2).contiguous()
     return Clip(frames, rate, source | {"height": frames.shape[2], "width": frames.shape[3]})
+
+
+def source_size(video) -> tuple[int, int]:
+    """(height, width) of anything that `read_video` takes, upright and with square pixels; of a file, one frame is decoded."""
+    return tuple(read_video(video, num_frames=1).source["source_size"])
 
 
 def count_frames(file, fps: float | None = None) -> tuple[int, float]:
@@ -100,11 +113,47 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def fit_image(picture: Image.Image, height: int | None, width: int | None) -> Image.Image:
-    """Resize (antialiased) until height x width is covered and crop the centre; None leaves the picture as it is."""
+def fit_image(picture: Image.Image, height: int | None, width: int | None, fit: str = "crop") -> Image.Image:
+    """Resize (antialiased) until height x width is covered and crop the centre; None leaves the picture as it is.
+
+    With fit="pad", resize until it fits within and mirror the picture's edges into the rest, as the published models' training
+    data were padded.
+    """
     if height is None or picture.size == (width, height):
         return picture
+    if fit == "pad":
+        box = letterbox(picture.height, picture.width, height, width)
+        small = np.asarray(picture.resize((box.width, box.height), Image.Resampling.LANCZOS))
+        below, right = height - box.top - box.height, width - box.left - box.width
+        return Image.fromarray(np.pad(small, ((box.top, below), (box.left, right), (0, 0)), mode="symmetric"))
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where a padded picture lies within its frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def padding_mask(self, height: int, width: int, device=None) -> torch.Tensor:
+        """[1, 1, height, width], 1 on the padding around the picture, as the networks take it."""
+        mask = torch.ones(1, 1, height, width, device=device)
+        self.cut(mask).zero_()
+        return mask
+
+    def cut(self, frames: torch.Tensor) -> torch.Tensor:
+        """The picture alone: [..., height, width] -> a view of it."""
+        return frames[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def letterbox(source_height: int, source_width: int, height: int, width: int) -> Box:
+    """The largest box of the source's shape in the middle of a frame of height x width."""
+    scale = min(height / source_height, width / source_width)
+    inner = max(1, min(height, round(source_height * scale))), max(1, min(width, round(source_width * scale)))
+    return Box((height - inner[0]) // 2, (width - inner[1]) // 2, *inner)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -132,13 +181,13 @@ def _from_memory(video) -> list[Image.Image]:
     raise ValueError(f"a video is a path, bytes, PIL images, a numpy array or a tensor, got {type(video).__name__}")
 
 
-def _from_file(file, num_frames, fps, height, width, start, from_end):
+def _from_file(file, num_frames, fps, height, width, start, from_end, fit):
     """Frames by time stamp. Pictures are resized as they come, so a long or large file never lies in memory whole."""
     name = _name(file)
     if not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES:
         picture = read_image(file)
         source = {"path": name, "kind": "image", "source_size": [picture.height, picture.width]}
-        return [fit_image(picture, height, width)], None, source
+        return [fit_image(picture, height, width, fit)], None, source
     if from_end:
         start = _start_of_last(file, num_frames, fps)
     with _open(file) as container:
@@ -148,7 +197,7 @@ def _from_file(file, num_frames, fps, height, width, start, from_end):
         pictures = []
         for picture in _resampled(container, name, start, rate):
             source["source_size"] = [picture.height, picture.width]
-            pictures.append(fit_image(picture, height, width))
+            pictures.append(fit_image(picture, height, width, fit))
             if len(pictures) == num_frames:
                 break
     return pictures, rate, source

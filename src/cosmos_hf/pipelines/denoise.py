@@ -3,6 +3,7 @@
 import torch
 
 from ..conditioning.frames import FrameCondition, condition_mask
+from .sampling import Sampling, guided
 
 
 @torch.no_grad()
@@ -17,30 +18,39 @@ def denoise_latents(
     condition: FrameCondition | None = None,
     callback=None,
     callback_tensors: tuple[str, ...] = ("latents",),
+    sampling: Sampling | dict | None = None,
+    padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] -> latents of the same shape, float32, sigma_data times normalised.
 
     The published models' guidance: x0 = cond + w (cond - uncond), w = guidance_scale, so w = 0 is none and w corresponds to a
     scale of 1 + w in the more common convention. Both branches see the same frames, so it may be taken on the network's
-    raw output. The two branches run one after the other: memory is that of one.
+    raw output. The two branches run one after the other, with the memory of one, unless `sampling` says otherwise.
 
-    `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given.
+    `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
+    "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
-    options = {"fps": fps}
+    sampling = Sampling.of(sampling)
+    conditions = {}
+    generated = None if condition is None else ~condition.indicator.bool()
+    if padding_mask is not None:
+        conditions["padding_mask"] = padding_mask
     if transformer.takes_condition_mask:
         size = noise.shape[-2:]
         indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
-        options["condition_mask"] = condition_mask(indicator, *size)
+        conditions["condition_mask"] = condition_mask(indicator, *size)
+
+    def branch(hidden_states, c_noise, text, copies):
+        masks = {name: torch.cat([mask] * copies) if len(mask) > 1 else mask for name, mask in conditions.items()}
+        return transformer(hidden_states, c_noise, text, fps=fps, **masks).sample.float()
 
     def network(hidden_states, c_noise):
-        output = transformer(hidden_states, c_noise, text, **options).sample.float()
         if negative_text is None:
-            return output
-        other = transformer(hidden_states, c_noise, negative_text, **options).sample.float()
-        return output + guidance_scale * (output - other)
+            return branch(hidden_states, c_noise, text, 1)
+        return guided(branch, hidden_states, c_noise, text, negative_text, guidance_scale, sampling, generated)
 
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_timesteps(num_inference_steps, noise.device, sampling.solver, sampling.grid)
     latents = scheduler.init_noise_sigma * noise
     with pipe.progress_bar(total=len(scheduler.timesteps)) as bar:
         for i, timestep in enumerate(scheduler.timesteps):
@@ -50,9 +60,9 @@ def denoise_latents(
             latents = scheduler.step(denoised, timestep, latents).prev_sample
             if callback is not None:
                 known = {"latents": latents, "prompt_embeds": text, "negative_prompt_embeds": negative_text}
-                changed = callback(pipe, i, timestep, {name: known[name] for name in callback_tensors})
-                known |= changed or {}
-                latents, text, negative_text = known.values()
+                shown = known | {"denoised": denoised}
+                known |= callback(pipe, i, timestep, {name: shown[name] for name in callback_tensors}) or {}
+                latents, text, negative_text = (known[name] for name in list(known)[:3])
             bar.update()
     if not torch.isfinite(latents).all():
         raise ValueError(

@@ -5,7 +5,7 @@ import logging
 import torch
 from PIL import Image
 
-from ..data.video import FILE_TYPES, count_frames, read_video
+from ..data.video import FILE_TYPES, Box, count_frames, letterbox, read_video, source_size
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +110,14 @@ def draw_noise(shape: tuple[int, ...], generator, device) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
 
 
-def read_conditioning(image, video, count: int | None, most: int, factor: int, height: int, width: int, fps: float):
+def read_conditioning(
+    image, video, count: int | None, most: int, factor: int, height: int, width: int, fps: float, fit: str = "crop"
+) -> torch.Tensor:
     """An image or a video, or a list of them (one per item) -> the uint8 frames [B, 3, n, H, W] to continue from.
 
     A video gives its last n frames, resampled to `fps`; n is `count`, or for None the largest legal number (1 + k * factor)
-    that every video has, at most `most`. Raises ValueError for both or neither, and for a count that is not legal.
+    that every video has, at most `most`. `fit` is "crop" or "pad" (`read_video`). Raises ValueError for both or neither, and
+    for a count that is not legal.
     """
     if (image is None) == (video is None):
         raise ValueError("give exactly one of image and video")
@@ -128,7 +131,7 @@ def read_conditioning(image, video, count: int | None, most: int, factor: int, h
         if count not in (None, 1):
             raise ValueError(f"an image is one frame; num_conditioning_frames={count} needs a video")
         images = image if isinstance(image, (list, tuple)) else [image]
-        clips = [read_video(item, height=height, width=width).frames for item in images]
+        clips = [read_video(item, height=height, width=width, fit=fit).frames for item in images]
         if any(clip.shape[1] != 1 for clip in clips):
             raise ValueError("image holds several frames: pass it as video")
         return torch.stack(clips)
@@ -136,8 +139,30 @@ def read_conditioning(image, video, count: int | None, most: int, factor: int, h
     if count is None:
         count = min(most, *(_length(item, fps) for item in videos))
         count = max(0, count - 1) // factor * factor + 1
-    size = dict(fps=fps, height=height, width=width)
+    size = dict(fps=fps, height=height, width=width, fit=fit)
     return torch.stack([read_video(item, num_frames=count, from_end=True, **size).frames for item in videos])
+
+
+def source_sizes(image, video) -> list[tuple[int, int]]:
+    """(height, width) of every image or video that a call was given; none where it has both or neither."""
+    if (image is None) == (video is None):
+        return []
+    if image is not None:
+        items = image if isinstance(image, (list, tuple)) else [image]
+    else:
+        items = list(video) if _is_list_of_videos(video) else [video]
+    return [source_size(item) for item in items]
+
+
+def content_box(sizes: list[tuple[int, int]], height: int, width: int) -> Box | None:
+    """Where inputs of these sizes lie in a padded frame; None where they fill it. ValueError where they differ in shape."""
+    boxes = {letterbox(*size, height, width) for size in sizes}
+    if len(boxes) > 1:
+        raise ValueError(
+            f"fit='pad' needs inputs of one shape in a call, got sizes {sorted(set(sizes))}: call once for each"
+        )
+    (box,) = boxes
+    return None if (box.height, box.width) == (height, width) else box
 
 
 def _length(video, fps: float) -> int:

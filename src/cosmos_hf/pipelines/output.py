@@ -25,13 +25,16 @@ class CosmosPipelineOutput(BaseOutput):
     fps: float
 
 
-def decode_latents(vae, latents: torch.Tensor, sigma_data: float, output_type: str):
+def decode_latents(vae, latents: torch.Tensor, sigma_data: float, output_type: str, letterbox=None):
     """The sampler's result [B, C, T', H', W'] -> frames as `output_type` wants them.
 
     Items are decoded one by one: peak memory does not grow with the batch, and an item does not depend on its neighbours.
+    Pixels outside `letterbox` (a `data.video.Box`) are cut away; latents keep them.
     """
     if output_type == "latent":
         return latents
     latents = vae.denormalize(latents / sigma_data).to(vae.dtype)
     video = torch.cat([vae.decode(item[None]).sample.float() for item in latents])
+    if letterbox is not None:
+        video = letterbox.cut(video)
     return VideoProcessor(vae_scale_factor=vae.config.spatial_compression).postprocess_video(video, output_type)

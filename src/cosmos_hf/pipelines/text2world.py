@@ -7,9 +7,11 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFas
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .buckets import bucket_size
 from .denoise import denoise_latents
 from .encode import check_size, check_text, draw_noise, encode_prompts
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
+from .sampling import Sampling
 
 
 class CosmosText2WorldPipeline(DiffusionPipeline):
@@ -26,7 +28,7 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "denoised", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -78,6 +80,8 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        resolution: str | None = None,
+        sampling: Sampling | dict | None = None,
     ) -> CosmosPipelineOutput | tuple:
         """Generate.
 
@@ -95,9 +99,13 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             prompt_embeds, negative_prompt_embeds: text embeddings [B, N, D] instead of texts.
             output_type: "pil", "np", "pt" or "latent"; see `CosmosPipelineOutput`.
             callback_on_step_end: called as callback(pipe, step, timestep, tensors) after every step.
+            resolution: an aspect ratio ("16:9", "4:3", "1:1", "3:4", "9:16") in place of height and width: the size of this
+                shape that the model was trained with, or of its usual number of pixels.
+            sampling: solver, noise levels, details of guidance; see `cosmos_hf.pipelines.sampling.Sampling`.
 
         Raises ValueError for contradictions and sizes that the model cannot represent.
         """
+        height, width = bucket_size(self, resolution, height, width)
         run = resolve(self, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type)
         check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, run["guidance_scale"])
         check_callback(self, callback_on_step_end_tensor_inputs)
@@ -116,6 +124,7 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             callback_tensors=tuple(callback_on_step_end_tensor_inputs),
             output_type=output_type,
             return_dict=return_dict,
+            sampling=sampling,
         )
 
 
@@ -161,9 +170,25 @@ def latent_shape(pipe, batch_size: int, run: dict) -> tuple[int, ...]:
 
 
 def generate(
-    pipe, run, texts, batch_size, generator, latents, condition, callback, callback_tensors, output_type, return_dict
+    pipe,
+    run,
+    texts,
+    batch_size,
+    generator,
+    latents,
+    condition,
+    callback,
+    callback_tensors,
+    output_type,
+    return_dict,
+    sampling=None,
+    letterbox=None,
 ):
-    """Text and noise to the pipeline's output; `condition(noise)` makes the `FrameCondition` of frames that are given."""
+    """Text and noise to the pipeline's output; `condition(noise)` makes the `FrameCondition` of frames that are given.
+
+    `letterbox`: the `data.video.Box` of the picture within its padding, which the network is told and the output is rid of.
+    """
+    sampling = Sampling.of(sampling)
     pipe.interrupt = False
     device = pipe._execution_device
     shape = latent_shape(pipe, batch_size, run)
@@ -185,7 +210,9 @@ def generate(
         condition=None if condition is None else condition(latents),
         callback=callback,
         callback_tensors=callback_tensors,
+        sampling=sampling,
+        padding_mask=None if letterbox is None else letterbox.padding_mask(run["height"], run["width"], device),
     )
-    frames = decode_latents(pipe.vae, result, pipe.scheduler.config.sigma_data, output_type)
+    frames = decode_latents(pipe.vae, result, pipe.scheduler.config.sigma_data, output_type, letterbox)
     pipe.maybe_free_model_hooks()
     return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)

@@ -6,8 +6,10 @@ import torch
 
 from ..conditioning.frames import FrameCondition, condition_indicator
 from ..data.video import to_float
-from .encode import check_text, read_conditioning, repeat_to_batch
+from .buckets import bucket_size
+from .encode import check_text, content_box, read_conditioning, repeat_to_batch, source_sizes
 from .output import CosmosPipelineOutput
+from .sampling import Sampling
 from .text2world import CosmosText2WorldPipeline, check_callback, count_prompts, generate, resolve
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
         return_dict: bool = True,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        resolution: str | None = None,
+        fit: str = "crop",
+        sampling: Sampling | dict | None = None,
     ) -> CosmosPipelineOutput | tuple:
         """Generate; the result begins with the given frames, as the tokenizer reconstructs them.
 
@@ -58,6 +63,9 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             prompt: a description, or a list; None continues without text, and then guidance is off.
             num_conditioning_frames: how many of the video's last frames to continue from, 1 + k * the tokenizer's temporal
                 factor and less than num_frames; None takes the most that the video has, at most 9.
+            resolution: as there, or "auto": of the model's shapes the one nearest to the input's.
+            fit: how the input comes to the output's size: "crop" covers it and cuts the rest; "pad" keeps the whole picture,
+                tells the network which part of the frame is padding, and returns the picture without it.
 
         The others are those of `CosmosText2WorldPipeline`. Raises ValueError for contradictions.
         """
@@ -68,6 +76,9 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             )
         if no_text:
             guidance_scale = 0
+        needs_size = resolution == "auto" or fit == "pad"
+        sizes = source_sizes(image, video) if needs_size else []
+        height, width = bucket_size(self, resolution, height, width, sizes[0] if sizes else None)
         run = resolve(self, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type)
         check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, run["guidance_scale"])
         check_callback(self, callback_on_step_end_tensor_inputs)
@@ -81,9 +92,8 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             raise ValueError(f"num_frames={run['num_frames']} leaves nothing to generate: use at least {1 + factor}")
         if num_conditioning_frames is None:
             most = min(most, DEFAULT_CONDITIONING_FRAMES)
-        frames = read_conditioning(
-            image, video, num_conditioning_frames, most, factor, run["height"], run["width"], run["fps"]
-        )
+        size = run["height"], run["width"]
+        frames = read_conditioning(image, video, num_conditioning_frames, most, factor, *size, run["fps"], fit)
         items = max(count_prompts(prompt, prompt_embeds), len(frames))
         frames = repeat_to_batch(frames, items, num_videos_per_prompt)
         return generate(
@@ -98,6 +108,8 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             callback_tensors=tuple(callback_on_step_end_tensor_inputs),
             output_type=output_type,
             return_dict=return_dict,
+            sampling=sampling,
+            letterbox=content_box(sizes, *size) if fit == "pad" else None,
         )
 
     def _condition(self, frames: torch.Tensor, noise: torch.Tensor) -> FrameCondition:

@@ -14,7 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-SOLVERS = ("res_2ab", "euler")
+from .exponential_solvers import SOLVERS, ExponentialSolver
+
+GRIDS = ("karras", "angle")
 
 
 @dataclass
@@ -35,15 +37,20 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
             x0 = scheduler.denoise(network, sample, scheduler.sigmas[i], condition)
             sample = scheduler.step(x0, timestep, sample).prev_sample
 
-    Both solvers walk the grid sigma_i = (sigma_max^(1/rho) + i/n (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho and end
-    clean: the last step goes to sigma 0. "euler" evaluates the network `num_inference_steps` times. "res_2ab", the
-    two-step exponential integrator of the published models, takes `num_inference_steps` steps down to sigma_min and
-    evaluates the network once more there.
+    Solvers (`exponential_solvers.py`): "euler"; "res_2ab", of the published models; "unipc", which corrects every step once
+    the next estimate is known. All but "res_2ab" evaluate the network `num_inference_steps` times; "res_2ab" takes that many
+    steps down to the last noise level and evaluates the network once more there, as published. All end clean: the last
+    step goes to sigma 0.
+
+    Grids of noise levels: "karras", of the published models, is sigma_i = (sigma_max^(1/rho) + i/n (sigma_min^(1/rho) -
+    sigma_max^(1/rho)))^rho, with the same share of steps in every octave or nearly so. "angle" has equal steps in
+    atan(sigma / sigma_data), in which data of standard deviation sigma_data turn into noise along a circle: few steps
+    where the picture is all but noise or all but done, and no sigma_min. `benchmarks/sampler.py` measures both.
 
     Args:
         sigma_max, sigma_min, rho: the grid.
         sigma_data: standard deviation of the latents that the model was trained on.
-        solver: "res_2ab" or "euler"; `set_timesteps` may choose another.
+        solver, grid: see above; `set_timesteps` may choose others.
         p_mean, p_std: ln(sigma) of training is normal with these.
         scale_noise_by_frames: multiply training sigmas by sqrt(T) (the reference's `adjust_video_noise`).
         augment_p_mean, augment_p_std: the same as p_mean, p_std for the noise on given frames in training.
@@ -64,18 +71,19 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         scale_noise_by_frames: bool = False,
         augment_p_mean: float = -3.0,
         augment_p_std: float = 2.0,
+        grid: str = "karras",
     ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
-        self._check_solver(solver)
+        self._check_choice(solver, grid)
         self.sigmas = self.timesteps = self.num_inference_steps = None
-        self.solver = solver
-        self._step, self._previous = 0, None
+        self._step, self._run = 0, None
 
     @staticmethod
-    def _check_solver(solver: str):
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    def _check_choice(solver: str, grid: str):
+        for name, value, known in (("solver", solver, SOLVERS), ("grid", grid, GRIDS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     # ---- preconditioning -------------------------------------------------------------------------------------------
 
@@ -121,21 +129,35 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None, solver: str | None = None
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        solver: str | None = None,
+        grid: str | None = None,
     ):
-        """Lay out `sigmas` (float64 on the CPU, the last is 0) and `timesteps` (c_noise of the network's evaluations)."""
+        """Lay out `sigmas` (float64 on the CPU, the last is 0) and `timesteps` (c_noise of the network's evaluations).
+
+        `solver` and `grid` are those of the config unless given.
+        """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        self.solver = solver or self.config.solver
-        self._check_solver(self.solver)
+        solver, grid = solver or self.config.solver, grid or self.config.grid
+        self._check_choice(solver, grid)
         self.num_inference_steps = num_inference_steps
-        points = num_inference_steps + (self.solver == "res_2ab")
-        ramp = torch.linspace(0, 1, points, dtype=torch.float64)
-        high, low = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
-        grid = (high + ramp * (low - high)) ** self.config.rho
-        self.sigmas = torch.cat([grid, grid.new_zeros(1)])
-        self.timesteps = (grid.log() / 4).float().to(device)
-        self._step, self._previous = 0, None
+        levels = self._levels(num_inference_steps + (solver == "res_2ab"), grid)
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
+        self.timesteps = (levels.log() / 4).float().to(device)
+        self._step, self._run = 0, ExponentialSolver(solver)
+
+    def _levels(self, count: int, grid: str) -> torch.Tensor:
+        """The noise levels of `count` evaluations, float64, from sigma_max downwards."""
+        config = self.config
+        if grid == "angle":
+            share = torch.arange(count, 0, -1, dtype=torch.float64) / count
+            return config.sigma_data * torch.tan(math.atan(config.sigma_max / config.sigma_data) * share)
+        ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+        high, low = (s ** (1 / config.rho) for s in (config.sigma_max, config.sigma_min))
+        return (high + ramp * (low - high)) ** config.rho
 
     @property
     def init_noise_sigma(self) -> float:
@@ -160,26 +182,9 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         sample = _at_least_float32(sample)
         denoised = denoised.to(sample.dtype)
         sigma, target = self.sigmas[self._step].item(), self.sigmas[self._step + 1].item()
-        if target == 0:
-            new = denoised
-        elif self.solver == "euler":
-            new = sample + (target - sigma) / sigma * (sample - denoised)
-        else:
-            new = self._res_2ab(denoised, sample, sigma, target)
-        self._previous = (denoised, sigma)
+        new = denoised if target == 0 else self._run.step(sample, denoised, sigma, target)
         self._step += 1
         return CosmosEDMSchedulerOutput(prev_sample=new) if return_dict else (new,)
-
-    def _res_2ab(self, denoised, sample, sigma: float, target: float) -> torch.Tensor:
-        """Exponential Adams-Bashforth step in lambda = -ln(sigma) (RES, arXiv 2308.02157, in the reference's form)."""
-        h = math.log(sigma / target)
-        phi_1 = math.expm1(-h) / -h
-        if self._previous is None:
-            return math.exp(-h) * sample + h * phi_1 * denoised
-        phi_2 = (phi_1 - 1) / -h
-        before, sigma_before = self._previous
-        c = math.log(sigma / sigma_before) / h  # negative: the earlier estimate lies behind
-        return math.exp(-h) * sample + h * ((phi_1 - phi_2 / c) * denoised + phi_2 / c * before)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
