@@ -103,7 +103,7 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             batch_size=items * num_videos_per_prompt,
             generator=generator,
             latents=latents,
-            condition=lambda noise: self._condition(frames, noise),
+            condition=lambda noise: self.hold_frames(frames, noise),
             callback=callback_on_step_end,
             callback_tensors=tuple(callback_on_step_end_tensor_inputs),
             output_type=output_type,
@@ -112,10 +112,16 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             letterbox=content_box(sizes, *size) if fit == "pad" else None,
         )
 
-    def _condition(self, frames: torch.Tensor, noise: torch.Tensor) -> FrameCondition:
+    def hold_frames(self, frames: torch.Tensor, noise: torch.Tensor) -> FrameCondition:
         """uint8 frames [B, 3, n, H, W] -> what the sampler holds on to. The tokenizer is causal: later frames do not matter."""
         video = to_float(frames).to(noise.device, self.vae.dtype)
         given = torch.cat([self.vae.encode(item[None]).latents for item in video])  # item by item: bounded memory
+        return self.hold_latents(given, noise)
+
+    def hold_latents(
+        self, given: torch.Tensor, noise: torch.Tensor, augment_sigma: float = AUGMENT_SIGMA
+    ) -> FrameCondition:
+        """The tokenizer's latents [B, C, n, H', W'] of a clip's beginning -> what the sampler holds on to."""
         given = self.vae.normalize(given.float()) * self.scheduler.config.sigma_data
         latents = torch.zeros_like(noise)
         latents[:, :, : given.shape[2]] = given
@@ -123,6 +129,6 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
         return FrameCondition(
             latents=latents,
             indicator=condition_indicator(noise.shape[2], given.shape[2], noise.device),
-            augment_sigma=AUGMENT_SIGMA,
+            augment_sigma=augment_sigma,
             augment_noise=noise,
         )

@@ -17,6 +17,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from .exponential_solvers import SOLVERS, ExponentialSolver
 
 GRIDS = ("karras", "angle")
+# Of 1, 1.5, 2 and 3, the best at 5 to 18 evaluations on the nano model and the toy problems together.
+ANGLE_POWER = 1.5
 
 
 @dataclass
@@ -43,9 +45,9 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
     step goes to sigma 0.
 
     Grids of noise levels: "karras", of the published models, is sigma_i = (sigma_max^(1/rho) + i/n (sigma_min^(1/rho) -
-    sigma_max^(1/rho)))^rho, with the same share of steps in every octave or nearly so. "angle" has equal steps in
-    atan(sigma / sigma_data), in which data of standard deviation sigma_data turn into noise along a circle: few steps
-    where the picture is all but noise or all but done, and no sigma_min. `benchmarks/sampler.py` measures both.
+    sigma_max^(1/rho)))^rho. "angle" has equal steps in
+    atan((sigma / sigma_data)^(1/1.5)): along the circle on which data turn into noise, stretched towards both ends. It spends few
+    steps where the picture is all but noise or all but done, and needs no sigma_min. `benchmarks/sampler.py` measures both.
 
     Args:
         sigma_max, sigma_min, rho: the grid.
@@ -154,7 +156,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         config = self.config
         if grid == "angle":
             share = torch.arange(count, 0, -1, dtype=torch.float64) / count
-            return config.sigma_data * torch.tan(math.atan(config.sigma_max / config.sigma_data) * share)
+            largest = math.atan((config.sigma_max / config.sigma_data) ** (1 / ANGLE_POWER))
+            return config.sigma_data * torch.tan(largest * share) ** ANGLE_POWER
         ramp = torch.linspace(0, 1, count, dtype=torch.float64)
         high, low = (s ** (1 / config.rho) for s in (config.sigma_max, config.sigma_min))
         return (high + ramp * (low - high)) ** config.rho
