@@ -1,9 +1,11 @@
 """Continue an image or a video.
 
     python pipelines/video2world.py --input robot.mp4 --prompt "A robot arm picks up the red cube." --output future.mp4
+    python pipelines/video2world.py --batch clips.jsonl --output outputs/futures
 
 The input is any file that PyAV or Pillow reads: a video is resampled to the model's frame rate by time stamps, resized until
-the model's size is covered and cropped to its centre, and its last frames are continued. The mp4 carries the settings.
+the model's size is covered and cropped to its centre (--fit pad: kept whole), and its last frames are continued. The mp4
+carries the settings; pipelines/reproduce.py makes it again.
 """
 
 import argparse
@@ -11,27 +13,50 @@ import argparse
 import torch
 
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
-from cosmos_hf.data.video import IMAGE_SUFFIXES
-from cosmos_hf.pipelines.scripting import add_generation_arguments, call_arguments, report, save_result
+from cosmos_hf.data.video import FITS, IMAGE_SUFFIXES
+from cosmos_hf.pipelines.prompt_upsampler import upsample_argument
+from cosmos_hf.pipelines.scripting import (
+    add_batch_argument,
+    add_generation_arguments,
+    call_arguments,
+    file_checksum,
+    preview_arguments,
+    report,
+    run_batch,
+    save_result,
+)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="image or video file")
+    parser.add_argument("--input", help="image or video file")
     parser.add_argument("--num_conditioning_frames", type=int, help="1 + k * the tokenizer's temporal factor")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how the input comes to the model's size")
     add_generation_arguments(parser, model=nano_path("video2world"))
+    add_batch_argument(parser)
     args = parser.parse_args(argv)
     with report(parser):
+        if not args.input and not args.batch:
+            raise ValueError("--input is needed")
         pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
             args.device
         )
-        kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
-        result = pipe(
-            **{kind: args.input},
-            num_conditioning_frames=args.num_conditioning_frames,
-            **call_arguments(args),
-        )
-        save_result(args, pipe, result, input=args.input)
+
+        def make(args):
+            if not args.input:
+                raise ValueError("input is missing")
+            kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
+            prompts = upsample_argument(args, args.input)
+            result = pipe(
+                **{kind: args.input},
+                num_conditioning_frames=args.num_conditioning_frames,
+                fit=args.fit,
+                **call_arguments(args) | prompts.call | preview_arguments(args, pipe),
+            )
+            extra = dict(script="video2world", input=args.input, input_sha256=file_checksum(args.input))
+            save_result(args, pipe, result, **extra, **prompts.metadata)
+
+        run_batch(parser, args, make)
 
 
 if __name__ == "__main__":

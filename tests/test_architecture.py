@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "nano": set(),
     "data": {"conditioning"},
     "worlds": {"data", "conditioning"},
-    "pipelines": {"models", "schedulers", "conditioning", "data"},
+    "pipelines": {"models", "schedulers", "conditioning", "data", "nano"},
     "evaluation": {"conditioning", "data"},
     "training": {"models", "schedulers", "conditioning", "data", "evaluation"},
     "convert": {"models"},

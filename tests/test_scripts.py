@@ -71,6 +71,174 @@ def test_reconstruct_video(tmp_path, capsys):
     assert (figures["height"], figures["width"]) == (96, 128) and figures["psnr"] > 18
 
 
+def run_lines(script, tmp_path, lines, *arguments):
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    quick = ("--num_inference_steps", 1, "--num_frames", 5)
+    run(script, "--batch", jobs, "--output", tmp_path / "out", *quick, *arguments)
+
+
+def test_a_batch_goes_on_where_it_was_cut(tmp_path, capsys):
+    """Seeds count up, what is there is not made again, an item that fails is told and leaves the others alone."""
+    lines = [
+        {"prompt": "A cube."},
+        "",
+        {"prompt": "A cube.", "output": "named.mp4"},
+        {"prompt": "A ball.", "num_frames": 6},
+    ]
+    with pytest.raises(SystemExit):
+        run_lines("text2world", tmp_path, lines)
+    told = capsys.readouterr()
+    assert "1 of 3 videos failed" in told.err and "num_frames must be 1 + k * 4, got 6: use 5 or 9" in told.err
+    first, second = tmp_path / "out" / "0000.mp4", tmp_path / "out" / "named.mp4"
+    assert [read_metadata(path)["settings"]["seed"] for path in (first, second)] == [0, 1]
+    assert read_metadata(first)["frames_sha256"] != read_metadata(second)["frames_sha256"]
+    written, kept = first.stat().st_mtime_ns, read_metadata(second)["frames_sha256"]
+    second.unlink()
+    lines[3]["num_frames"] = 5
+    run_lines("text2world", tmp_path, lines)
+    assert "3 videos, 1 are there already" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == written and read_metadata(second)["frames_sha256"] == kept
+    # alone, the same seed gives the same video
+    run(
+        "text2world",
+        "--prompt",
+        "A cube.",
+        "--seed",
+        1,
+        "--num_inference_steps",
+        1,
+        "--num_frames",
+        5,
+        "--output",
+        tmp_path / "a.mp4",
+    )
+    assert read_metadata(tmp_path / "a.mp4")["frames_sha256"] == kept
+    with pytest.raises(SystemExit):
+        run_lines("text2world", tmp_path, lines, "--guidance_scale", 3)
+    assert "made with other settings (guidance_scale)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[]", "line 1 must be an object with keys from"),
+        ({"promt": "a"}, "got ['promt']"),
+        ({"model": "a"}, "got ['model']"),
+        ({"seed": "one"}, "line 1: seed cannot be 'one'"),
+        ({"solver": "ddim"}, "line 1: solver must be one of unipc, res_2ab, euler, got 'ddim'"),
+    ],
+)
+def test_bad_lines_are_named(line, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_lines("video2world", tmp_path, [line])
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_writes_a_file_twice_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_lines("text2world", tmp_path, [{"prompt": "a", "output": "x.mp4"}] * 2)
+    assert "x.mp4 more than once" in capsys.readouterr().err
+
+
+def test_reproduce(tmp_path, capsys):
+    """The same frames again; other frames and another input are told with what is not the same."""
+    clip, output = tmp_path / "in.mp4", tmp_path / "future.mp4"
+    write_video(clip, read_video(EXAMPLE, num_frames=9).frames, fps=5)
+    options = (
+        "--num_inference_steps",
+        2,
+        "--guidance_interval",
+        0.1,
+        5,
+        "--batch_guidance",
+        "--prompt",
+        "-a cube",
+        "--fit",
+        "pad",
+    )
+    run(
+        "video2world",
+        "--input",
+        clip,
+        "--output",
+        output,
+        "--resolution",
+        "1:1",
+        *options[:6],
+        f"--prompt={options[7]}",
+        *options[8:],
+    )
+    run("reproduce", output, "--output", tmp_path / "again.mp4")
+    assert "has the same frames as" in capsys.readouterr().out
+    settings = [read_metadata(path)["settings"] for path in (output, tmp_path / "again.mp4")]
+    assert settings[0] | {"output": 0} == settings[1] | {"output": 0}
+    write_video(clip, read_video(EXAMPLE, num_frames=9).frames.flip(3), fps=5)
+    with pytest.raises(SystemExit) as stopped:
+        run("reproduce", output, "--output", tmp_path / "again.mp4")
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "differs from" in said and "- the input file is another" in said
+    with pytest.raises(SystemExit):
+        run("reproduce", clip, "--output", tmp_path / "again.mp4")
+    assert "does not tell how it was made" in capsys.readouterr().err
+
+
+def test_rollout_world(tmp_path, capsys):
+    """A world of two chunks, what is told about it, and the same again."""
+    output = tmp_path / "long.mp4"
+    quick = ("--num_inference_steps", 1, "--num_frames", 21, "--seed", 3, "--then", "It stops.")
+    run(
+        "rollout_world", "--input", EXAMPLE, "--prompt", "A robot arm.", "--truth", EXAMPLE, "--output", output, *quick
+    )
+    drift = json.loads((tmp_path / "long.drift.json").read_text())
+    assert read_video(output).frames.shape == (3, 21, 96, 128) and [entry["frames"] for entry in drift] == [
+        [0, 17],
+        [17, 21],
+    ]
+    assert "psnr" in drift[0] and "seam" in drift[1]
+    run("reproduce", output, "--output", tmp_path / "again.mp4")
+    assert "has the same frames as" in capsys.readouterr().out
+
+
+def test_preview_is_kept_up_to_date(tmp_path):
+    run(
+        "text2world",
+        "--prompt",
+        "a",
+        "--num_inference_steps",
+        2,
+        "--num_frames",
+        5,
+        "--output",
+        tmp_path / "w.mp4",
+        "--preview",
+        tmp_path / "preview.png",
+    )
+    assert Image.open(tmp_path / "preview.png").size[0] > 2 * 128
+
+
+def test_both_prompts_are_in_the_metadata(tmp_path, monkeypatch):
+    """With an upsampler that answers at once; the prompt that was used is the one that is reproduced."""
+    from cosmos_hf.pipelines import prompt_upsampler
+
+    class Answering:
+        sees = False
+
+        def __call__(self, prompt, image):
+            return prompt_upsampler.UpsampledPrompt(prompt, f"{prompt} on a table", "chat")
+
+    monkeypatch.setattr(prompt_upsampler, "_loaded", lambda name, device: Answering())
+    quick = ("--num_inference_steps", 1, "--num_frames", 5)
+    run("text2world", "--prompt", "A cube", "--upsampler", "chat", "--output", tmp_path / "a.mp4", *quick)
+    made_by = read_metadata(tmp_path / "a.mp4")
+    assert made_by["prompts"] == {"original": "A cube", "upsampled": "A cube on a table", "upsampler": "chat"}
+    run("text2world", "--prompt", "A cube on a table", "--output", tmp_path / "b.mp4", *quick)
+    assert read_metadata(tmp_path / "b.mp4")["frames_sha256"] == made_by["frames_sha256"]
+    run("reproduce", tmp_path / "a.mp4", "--output", tmp_path / "c.mp4")
+    assert read_metadata(tmp_path / "c.mp4")["frames_sha256"] == made_by["frames_sha256"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -78,6 +246,9 @@ def test_reconstruct_video(tmp_path, capsys):
         ("video2world", ("--input", __file__), "not a video"),
         ("video2world", ("--input", EXAMPLE, "--num_frames", 16), "num_frames must be 1 + k * 4, got 16"),
         ("text2world", (), "--prompt is needed"),
+        ("video2world", (), "--input is needed"),
+        ("rollout_world", ("--prompt", "a", "--overlap", 9), "overlap counts latent frames and must be in 1..4"),
+        ("rollout_world", ("--prompt", "a", "--resolution", "1:1"), "--resolution is not for long worlds"),
         ("reconstruct_video", ("--input", "no_such.mp4"), "no such file: no_such.mp4"),
         (
             "reconstruct_video",

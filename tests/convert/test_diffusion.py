@@ -134,7 +134,7 @@ def run(v2w, scheduler, sample, augment_noise):
 
 
 def test_guided_run_of_the_released_sampler(v2w):
-    scheduler, noise = CosmosEDMScheduler(), v2w[1]["inputs.sample_res2ab.unit_noise"]
+    scheduler, noise = CosmosEDMScheduler(solver="res_2ab"), v2w[1]["inputs.sample_res2ab.unit_noise"]
     scheduler.set_timesteps(6)
     sample = run(v2w, scheduler, scheduler.init_noise_sigma * noise.double(), v2w[1]["inputs.model.augment_noise"])
     close(sample.float(), v2w[1]["outputs.sample_res2ab.final"], 2e-3)

@@ -140,7 +140,7 @@ def test_a_cut_run_goes_on_and_ends_equal(video2world, tmp_path):
     hook = transformer.register_forward_hook(lambda *_: made.append(1))
     again = rollout(video2world, tmp_path / "cut.mp4", 21, **arguments)
     hook.remove()
-    calls = 3 * 2  # two steps of res_2ab and the clean evaluation, two branches
+    calls = 2 * 2  # two steps, two branches
     assert len(made) == (len(whole.drift) - 2) * calls
     for a, b in zip(*(chunks_in(tmp_path / f"{name}.mp4.chunks") for name in ("whole", "cut")), strict=True):
         assert torch.equal(a, b)

@@ -40,7 +40,7 @@ def sample(scheduler, denoise, x):
 @pytest.mark.parametrize("steps", [5, 10, 35])
 def test_res_2ab_is_the_reference(toy, steps):
     tensors, _, _ = golden("diffusion", "sampler_toy")
-    denoise, scheduler = toy_denoisers(tensors)[toy], CosmosEDMScheduler()
+    denoise, scheduler = toy_denoisers(tensors)[toy], CosmosEDMScheduler(solver="res_2ab")
     expected = part(tensors, f"outputs.2ab.{toy}.N{steps}")
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps + 1 and scheduler.sigmas[-1] == 0
@@ -136,7 +136,7 @@ def test_a_change_of_the_sample_between_steps_is_kept_by_the_correction():
     """Shifting the sample by something that the denoiser does not see shifts every later sample by it, scaled."""
     runs = []
     for shift in (0.0, 1.0):
-        scheduler = CosmosEDMScheduler(solver="unipc")
+        scheduler = CosmosEDMScheduler()
         scheduler.set_timesteps(6)
         x = torch.ones(1, dtype=torch.float64) * 80
         for i, timestep in enumerate(scheduler.timesteps[:4]):
@@ -213,11 +213,11 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="call set_timesteps before step"):
         scheduler.step(x, 0.0, x)
     scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match="step 0 of 4 was called with timestep"):
+    with pytest.raises(ValueError, match="step 0 of 3 was called with timestep"):
         scheduler.step(x, scheduler.timesteps[1], x)
     with pytest.raises(ValueError, match="must be at least 1"):
         scheduler.set_timesteps(0)
-    with pytest.raises(ValueError, match="solver must be one of res_2ab, euler, unipc"):
+    with pytest.raises(ValueError, match="solver must be one of unipc, res_2ab, euler"):
         scheduler.set_timesteps(3, solver="heun")
     with pytest.raises(ValueError, match="solver must be one of"):
         CosmosEDMScheduler(solver="2ab")

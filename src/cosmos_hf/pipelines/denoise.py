@@ -32,10 +32,8 @@ def denoise_latents(
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
-    conditions = {}
+    conditions = {} if padding_mask is None else {"padding_mask": padding_mask}
     generated = None if condition is None else ~condition.indicator.bool()
-    if padding_mask is not None:
-        conditions["padding_mask"] = padding_mask
     if transformer.takes_condition_mask:
         size = noise.shape[-2:]
         indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
@@ -62,8 +60,12 @@ def denoise_latents(
                 known = {"latents": latents, "prompt_embeds": text, "negative_prompt_embeds": negative_text}
                 shown = known | {"denoised": denoised}
                 known |= callback(pipe, i, timestep, {name: shown[name] for name in callback_tensors}) or {}
-                latents, text, negative_text = (known[name] for name in list(known)[:3])
+                latents, text, negative_text = list(known.values())[:3]
             bar.update()
+    return _finite(latents)
+
+
+def _finite(latents: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(latents).all():
         raise ValueError(
             "sampling produced values that are not finite: the weights are damaged, or the dtype's range is too small "

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 class DriftMeter:
-    """Figures of one chunk of frames after the other; keeps one frame and the first chunk's figures.
+    """Figures of one chunk of frames after the other, in `entries`; `count` is the number of frames so far.
 
     Every entry has "frames" [first, past the last], "sharpness" (mean absolute Laplacian of the brightness, range [0, 1]),
     "colour" (mean red, green, blue), and, from the second on, "sharpness_ratio" to the first chunk, "colour_shift" (distance of
@@ -15,14 +15,14 @@ class DriftMeter:
 
     def __init__(self):
         self.entries = []
-        self._last, self._count = None, 0
+        self._last, self.count = None, 0
 
     def add(self, frames: torch.Tensor, truth: torch.Tensor | None = None) -> dict:
         """Frames uint8 [3, T, H, W] that follow the earlier ones, and the true ones [3, up to T, H, W] -> their entry."""
         video = frames.float() / 255
         colour = video.mean((1, 2, 3))
         entry = dict(
-            frames=[self._count, self._count + frames.shape[1]],
+            frames=[self.count, self.count + frames.shape[1]],
             sharpness=_sharpness(video),
             colour=[round(c, 6) for c in colour.tolist()],
         )
@@ -37,7 +37,7 @@ class DriftMeter:
             error = (video[:, : truth.shape[1]] - truth.float() / 255).square().mean((0, 2, 3))
             entry["psnr"] = (-10 * error.clamp(min=1e-10).log10()).mean().item()
         self._last = video[:, -1]
-        self._count += frames.shape[1]
+        self.count += frames.shape[1]
         self.entries.append(entry)
         return entry
 

@@ -73,23 +73,21 @@ def rollout(
 ) -> RolloutResult:
     """Generate a video of any length with a video-to-world pipeline, in memory that does not grow with it.
 
-    Each chunk's latents are kept in `<output>.chunks` until the video is complete. A run that was cut goes on from there when it
-    is called again with the same arguments, and gives the same video; the file itself appears when it is complete
-    and grows as `<output>.part` before. (Of the decoder's state, the keys and values of its temporal attention grow.)
+    Each chunk's latents are kept in `<output>.chunks` until the video is complete, which grows as `<output>.part`. A run that was
+    cut, called again with the same arguments, goes on from there and gives the same video. (Of the decoder's state, the
+    keys and values of its temporal attention grow.)
 
     Args:
-        output: the mp4 to write.
-        num_frames: pixel frames, any number; the last chunk is cut.
-        image, video, num_conditioning_frames: what to continue, as in the pipeline's call; neither starts from the prompt alone.
+        output, num_frames: the mp4 to write, and its pixel frames, any number; the last chunk is cut.
+        image, video, num_conditioning_frames: what to continue, as in the pipeline's call; neither starts from the prompt.
         prompt: a description, or a list of them, one per chunk, the last of which goes on.
         overlap, history, history_noise: see above.
         seed: draws the noise of all chunks. Chunk 0 is what the pipeline makes of `torch.Generator().manual_seed(seed)`.
         truth: a true video whose first frame is the result's first, to measure the distance to, as long as it lasts.
-        sampling: as in the pipeline's call.
-        metadata: goes into the mp4.
+        sampling, metadata: as in the pipeline's call; what goes into the mp4.
         keep_chunks: leave `<output>.chunks` there, so that a later call with more frames only adds to it.
         on_chunk: called with every chunk's number and its entry of the drift curve.
-        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; None or absent is the pipeline's own.
+        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is the pipeline's own.
 
     Raises ValueError for contradictions, among them chunks on disk that other arguments made.
     """
@@ -98,21 +96,15 @@ def rollout(
     store = _Store(Path(f"{output}.chunks"), chunks.fingerprint())
     world = _World(pipe.vae, overlap, history)
     true_frames = _frames_of(truth, plan.run)
-    meter, part, written = DriftMeter(), Path(f"{output}.part"), 0
+    meter, part = DriftMeter(), Path(f"{output}.part")
     with VideoWriter(part, plan.run["fps"], metadata) as writer:
         for k in range(plan.num_chunks):
             latents = store.load(k)
             if latents is None:
                 latents = chunks.make(k, None if k == 0 else world.given())
                 store.save(k, latents)
-            fresh = []
-            for frames in world.append(latents.to(pipe._execution_device), first=k == 0):
-                frames = to_uint8(frames[0, :, : num_frames - written]).cpu()
-                if frames.shape[1]:
-                    writer.write(frames)
-                    written += frames.shape[1]
-                    fresh.append(frames)
-            fresh = torch.cat(fresh, 1)
+            frames = world.append(latents.to(pipe._execution_device), first=k == 0)
+            fresh = _write(writer, frames, room=num_frames - meter.count)
             entry = meter.add(fresh, _next_frames(true_frames, fresh.shape[1]))
             if on_chunk is not None:
                 on_chunk(k, entry)
@@ -329,6 +321,18 @@ def _replace(path: Path, write: Callable[[Path], None]):
     unfinished = path.with_name(f"{path.name}.tmp")
     write(unfinished)
     os.replace(unfinished, path)
+
+
+def _write(writer: VideoWriter, chunk, room: int) -> torch.Tensor:
+    """Write a chunk's frames as they come, at most `room` of them -> all that was written, uint8 [3, t, H, W]."""
+    written = []
+    for frames in chunk:
+        frames = to_uint8(frames[0, :, :room]).cpu()
+        room -= frames.shape[1]
+        if frames.shape[1]:
+            writer.write(frames)
+            written.append(frames)
+    return torch.cat(written, 1)
 
 
 def _checksum(model) -> str:

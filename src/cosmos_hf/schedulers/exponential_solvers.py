@@ -14,8 +14,9 @@ import math
 
 import torch
 
-# Estimates of x0 that a solver extrapolates from, and that its correction interpolates (0: none).
-SOLVERS = {"res_2ab": (2, 0), "euler": (1, 0), "unipc": (2, 3)}
+# Estimates of x0 that a solver extrapolates from, those that its correction interpolates (0: none), and the grid of noise levels
+# that it walks unless told otherwise: the published solvers' is the published one.
+SOLVERS = {"unipc": (2, 3, "angle"), "res_2ab": (2, 0, "karras"), "euler": (1, 0, "karras")}
 
 
 def exponential_weights(nodes: list[float], h: float) -> list[float]:
@@ -31,7 +32,7 @@ class ExponentialSolver:
     """One run of a solver: keeps the latest estimates of x0 and what the last step took from them."""
 
     def __init__(self, name: str):
-        self.predictor, self.corrector = SOLVERS[name]
+        self.predictor, self.corrector, _ = SOLVERS[name]
         self._estimates = []  # (lambda, x0), the latest first
         self._last = None  # (lambda, length, increment) of the last step
 

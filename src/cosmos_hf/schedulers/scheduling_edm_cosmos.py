@@ -52,7 +52,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         sigma_max, sigma_min, rho: the grid.
         sigma_data: standard deviation of the latents that the model was trained on.
-        solver, grid: see above; `set_timesteps` may choose others.
+        solver, grid: see above; `set_timesteps` may choose others. No grid is the solver's own: "angle" for "unipc", and
+            "karras" for the published ones.
         p_mean, p_std: ln(sigma) of training is normal with these.
         scale_noise_by_frames: multiply training sigmas by sqrt(T) (the reference's `adjust_video_noise`).
         augment_p_mean, augment_p_std: the same as p_mean, p_std for the noise on given frames in training.
@@ -67,13 +68,13 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         sigma_min: float = 0.002,
         sigma_data: float = 0.5,
         rho: float = 7.0,
-        solver: str = "res_2ab",
+        solver: str = "unipc",
         p_mean: float = 0.0,
         p_std: float = 1.0,
         scale_noise_by_frames: bool = False,
         augment_p_mean: float = -3.0,
         augment_p_std: float = 2.0,
-        grid: str = "karras",
+        grid: str | None = None,
     ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
@@ -82,9 +83,9 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         self._step, self._run = 0, None
 
     @staticmethod
-    def _check_choice(solver: str, grid: str):
+    def _check_choice(solver: str, grid: str | None):
         for name, value, known in (("solver", solver, SOLVERS), ("grid", grid, GRIDS)):
-            if value not in known:
+            if value not in known and not (name == "grid" and value is None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     # ---- preconditioning -------------------------------------------------------------------------------------------
@@ -145,6 +146,7 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         solver, grid = solver or self.config.solver, grid or self.config.grid
         self._check_choice(solver, grid)
+        grid = grid or SOLVERS[solver][2]
         self.num_inference_steps = num_inference_steps
         levels = self._levels(num_inference_steps + (solver == "res_2ab"), grid)
         self.sigmas = torch.cat([levels, levels.new_zeros(1)])

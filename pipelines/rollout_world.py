@@ -1,0 +1,83 @@
+"""Continue an image, a video or a description for as long as you like, chunk after chunk.
+
+    python pipelines/rollout_world.py --input robot.mp4 --prompt "A robot arm picks up the red cube." --num_frames 81
+
+Cut and started again with the same arguments, it goes on where it was. Beside the mp4, a JSON file tells how the picture drifts.
+See docs/sampling.md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
+from cosmos_hf.data.video import IMAGE_SUFFIXES, read_video
+from cosmos_hf.pipelines.rollout import HISTORIES, rollout
+from cosmos_hf.pipelines.scripting import (
+    SAMPLING,
+    add_generation_arguments,
+    file_checksum,
+    provenance,
+    report,
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", help="image or video file to continue; without it the world begins with the prompt")
+    parser.add_argument("--num_conditioning_frames", type=int, help="1 + k * the tokenizer's temporal factor")
+    parser.add_argument("--then", nargs="+", default=[], help="prompts of the second chunk, the third, ...")
+    parser.add_argument("--num_frames_per_chunk", type=int, help="default: the model's")
+    parser.add_argument("--overlap", type=int, default=2, help="latent frames that a chunk is given of the one before")
+    parser.add_argument("--history", choices=HISTORIES, default="latents")
+    parser.add_argument("--history_noise", type=float, default=0.001)
+    parser.add_argument("--truth", help="video whose first frame is the result's, to measure the distance to")
+    parser.add_argument(
+        "--keep_chunks", action="store_true", help="so that a later run with more frames only adds to it"
+    )
+    add_generation_arguments(parser, model=nano_path("video2world"))
+    parser.set_defaults(num_frames=81)
+    args = parser.parse_args(argv)
+    with report(parser):
+        for name in ("resolution", "upsampler", "preview"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} is not for long worlds")
+        pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
+            args.device
+        )
+        source, metadata = {}, provenance(args, pipe) | dict(script="rollout_world")
+        if args.input:
+            source["image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"] = args.input
+            metadata["input_sha256"] = file_checksum(args.input)
+        names = ("height", "width", "num_frames_per_chunk", "fps", "num_inference_steps", "guidance_scale", "overlap")
+        names += (
+            "history",
+            "history_noise",
+            "seed",
+            "truth",
+            "keep_chunks",
+            "negative_prompt",
+            "num_conditioning_frames",
+        )
+        result = rollout(
+            pipe,
+            args.output,
+            args.num_frames,
+            **source,
+            prompt=[args.prompt, *args.then] if args.prompt else None,
+            sampling={name: getattr(args, name) for name in SAMPLING if getattr(args, name)},
+            metadata=metadata,
+            **{name: getattr(args, name) for name in names},
+        )
+        curve = Path(args.output).with_suffix(".drift.json")
+        curve.write_text(json.dumps(result.drift, indent=1))
+    shape = read_video(result.path, num_frames=1).frames.shape
+    print(
+        f"{result.path}: {result.num_frames} frames of {shape[2]}x{shape[3]} at {result.fps:g} fps; drift in {curve}"
+    )
+
+
+if __name__ == "__main__":
+    main()
