@@ -23,7 +23,7 @@ def recipe(path: str | Path) -> tuple[str, dict]:
             f"{path} does not tell how it was made: only videos of pipelines/{{{','.join(SCRIPTS)}}}.py do"
         )
     settings = dict(metadata["settings"])
-    for name in ("output", "batch", "preview", "device"):
+    for name in ("output", "batch", "preview", "device", "truth", "keep_chunks"):
         settings.pop(name, None)
     bundled = {folder: name for name, folder in MODELS.items()}
     if not Path(settings["model"]).exists() and Path(settings["model"]).name in bundled:

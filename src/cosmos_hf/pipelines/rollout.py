@@ -68,7 +68,7 @@ def rollout(
     sampling: Sampling | dict | None = None,
     metadata: dict | None = None,
     keep_chunks: bool = False,
-    on_chunk: Callable[[int, dict], None] | None = None,
+    on_chunk: Callable[[int, dict], None] = lambda k, entry: None,
     **size,
 ) -> RolloutResult:
     """Generate a video of any length with a video-to-world pipeline, in memory that does not grow with it.
@@ -105,13 +105,10 @@ def rollout(
                 store.save(k, latents)
             frames = world.append(latents.to(pipe._execution_device), first=k == 0)
             fresh = _write(writer, frames, room=num_frames - meter.count)
-            entry = meter.add(fresh, _next_frames(true_frames, fresh.shape[1]))
-            if on_chunk is not None:
-                on_chunk(k, entry)
+            on_chunk(k, meter.add(fresh, _next_frames(true_frames, fresh.shape[1])))
     os.replace(part, output)
     if not keep_chunks:
         store.remove()
-    pipe.maybe_free_model_hooks()
     return RolloutResult(Path(output), num_frames, plan.run["fps"], meter.entries)
 
 

@@ -196,7 +196,7 @@ def provenance(args: argparse.Namespace, pipe) -> dict:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    return {name: value for name, value in vars(args).items() if value not in (None, False, [])}
 
 
 def checksum(content: bytes) -> str:
