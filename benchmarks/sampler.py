@@ -56,7 +56,10 @@ def main(argv=None):
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "sampler.json"))
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    result = {"made_by": machine(argv), "toy": {name: toy_table(name, args.evaluations) for name in ("lin", "gm")}}
+    result = {
+        "made_by": machine("sampler", argv),
+        "toy": {name: toy_table(name, args.evaluations) for name in ("lin", "gm")},
+    }
     for name, table in result["toy"].items():
         show(f"toy problem {name}: rms error to the exact solution", table)
     model = Nano(args)
@@ -75,11 +78,11 @@ def main(argv=None):
     print(args.output)
 
 
-def machine(argv) -> dict:
+def machine(script: str, argv) -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return dict(
-        command="python benchmarks/sampler.py " + " ".join(argv if argv is not None else sys.argv[1:]),
+        command=f"python benchmarks/{script}.py " + " ".join(argv if argv is not None else sys.argv[1:]),
         processor=f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in ("cosmos-hf", "torch", "diffusers")}

@@ -45,6 +45,17 @@ def test_the_table_of_solvers_is_what_was_measured():
     assert len(rows) == 2 + 9
 
 
+def test_the_table_of_rollouts_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "rollout.json").read_text())["ways"]
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    rows = re.search(r"<!-- rollout -->\n(.*?)\n<!-- end -->", text, flags=re.S)[1].splitlines()[2:]
+    assert len(rows) == len(measured)
+    for row in rows:
+        way, *figures = (cell.strip() for cell in row.strip("| ").split("|"))
+        names = ("sharpness_ratio", "colour_shift", "seam")
+        assert figures == [f"{measured[way][name]:.3f}" for name in names], way
+
+
 def test_scripts_and_files_that_the_readme_names_exist():
     named = re.findall(r"(?:training|pipelines|docs|model_cards|tests|src)/[\w./-]+\.(?:py|yaml|md|png)", README)
     assert len(named) > 8

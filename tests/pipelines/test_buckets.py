@@ -63,6 +63,13 @@ def test_contradictions_are_refused(video2world, arguments, message):
         run(video2world, image=Image.new("RGB", (48, 32)), **arguments)
 
 
+def test_a_shape_far_from_the_trained_ones_is_warned_of(video2world, caplog):
+    run(video2world, image=Image.new("RGB", (48, 32)), height=32, width=48)
+    assert not caplog.records
+    run(video2world, image=Image.new("RGB", (48, 32)), height=16, width=48)
+    assert "16x48 (height x width) is far from the shapes" in caplog.text
+
+
 def test_auto_without_an_input_is_refused(text2world):
     with pytest.raises(ValueError, match="resolution='auto' follows an image or a video"):
         run(text2world, resolution="auto")

@@ -78,6 +78,8 @@ def test_history_in_latents(video2world, overlap):
         fresh = latents[:, :, end : end + 4 - overlap]
         frames += world.append(torch.cat([history, fresh], 2), first=False)
         end += fresh.shape[2]
+        # what is kept does not grow with the world
+        assert world._latents.shape[2] == overlap and world._frames.shape[2] == vae.num_frames(overlap)
     torch.testing.assert_close(torch.cat(frames, 2), vae.decode(latents).sample.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
@@ -214,6 +216,15 @@ def test_drift_of_known_changes():
     assert blurred["sharpness_ratio"] < 0.3
     still = meter.add(base.expand(-1, 4, -1, -1))
     assert "seam" not in still
+
+
+def test_a_seam_is_compared_with_the_other_first_frames():
+    """A video that jumps at every fourth frame has no seam where chunks of eight meet, unless one looks at every frame."""
+    steps = torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8).repeat_interleave(4, 0).transpose(0, 1)
+    for period, expected in ((4, 1.0), (1, 7.0)):
+        meter = DriftMeter(period)
+        meter.add(steps[:, :8])
+        assert meter.add(steps[:, 8:])["seam"] == pytest.approx(expected, rel=0.15)
 
 
 def test_truth_and_metadata(video2world, tmp_path):

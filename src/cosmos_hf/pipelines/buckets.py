@@ -5,6 +5,7 @@ import math
 
 logger = logging.getLogger(__name__)
 
+OFF_SHAPE = 0.2  # distance of the logarithms of aspect ratios from which on a size is warned of
 RATIOS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 # (height, width) by the published models' size class. Each is a multiple of 16, the tokenizer's factor times the patch.
 SIZES = {
@@ -43,6 +44,11 @@ def bucket_size(pipe, resolution: str | None, height, width, source: tuple[int, 
     beside a height or a width, an unknown one, and "auto" without an input.
     """
     if resolution is None:
+        if height and width and abs(math.log(_aspect(nearest_ratio(height, width)) * height / width)) > OFF_SHAPE:
+            logger.warning(
+                "%dx%d (height x width) is far from the shapes that the models were trained on: %s",
+                *(height, width, ", ".join(RATIOS)),
+            )
         return height, width
     if height is not None or width is not None:
         raise ValueError(f"give resolution={resolution!r} or height and width, not both")

@@ -96,7 +96,7 @@ def rollout(
     store = _Store(Path(f"{output}.chunks"), chunks.fingerprint())
     world = _World(pipe.vae, overlap, history)
     true_frames = _frames_of(truth, plan.run)
-    meter, part = DriftMeter(), Path(f"{output}.part")
+    meter, part = DriftMeter(pipe.vae.config.temporal_compression), Path(f"{output}.part")
     with VideoWriter(part, plan.run["fps"], metadata) as writer:
         for k in range(plan.num_chunks):
             latents = store.load(k)

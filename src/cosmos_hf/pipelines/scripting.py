@@ -196,7 +196,7 @@ def provenance(args: argparse.Namespace, pipe) -> dict:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(args).items() if value not in (None, False, [])}
+    return {name: value for name, value in vars(args).items() if not (value is None or value is False or value == [])}
 
 
 def checksum(content: bytes) -> str:
