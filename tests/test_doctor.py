@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,19 @@ def test_a_library_that_is_not_installed_is_named(model):
     index |= {"guardrail": ["no_such_library", "Checker"], "upsampler": [None, None]}
     (model / "model_index.json").write_text(json.dumps(index))
     assert problems(model) == ["guardrail: Checker is of no_such_library, which is not installed"]
+
+
+def test_a_model_larger_than_the_gpu_is_told_what_to_do():
+    size = sum(path.stat().st_size for path in Path(nano_path()).rglob("*.safetensors"))
+    assert not [f for f in examine_model(nano_path(), 2 * size) if "GPU" in f.text]
+    (told,) = [f for f in examine_model(nano_path(), size - 10**6) if "GPU" in f.text]
+    assert (
+        "pipe.enable_model_cpu_offload()" in told.text
+        and "transformer is the largest" in told.text
+        and not told.problem
+    )
+    (told,) = [f for f in examine_model(nano_path(), 10**6) if "GPU" in f.text]
+    assert told.problem
 
 
 def test_what_is_no_model_is_told(tmp_path):

@@ -2,11 +2,15 @@
 
 import json
 import runpy
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cosmos_hf import nano_path
 from cosmos_hf.data.video import read_metadata, read_video, write_video
@@ -199,6 +203,30 @@ def test_rollout_world(tmp_path, capsys):
     assert "psnr" in drift[0] and "seam" in drift[1]
     run("reproduce", output, "--output", tmp_path / "again.mp4")
     assert "has the same frames as" in capsys.readouterr().out
+
+
+def test_a_killed_rollout_goes_on_and_ends_equal(tmp_path):
+    """Killed by force in a process of its own, somewhere after its first chunk."""
+    arguments = ["--input", EXAMPLE, "--prompt", "A robot arm.", "--num_inference_steps", "2", "--num_frames", "81"]
+    cut, chunks = tmp_path / "cut.mp4", tmp_path / "cut.mp4.chunks"
+    script = [sys.executable, str(SCRIPTS / "rollout_world.py"), *arguments, "--output", str(cut)]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (chunks / "chunk-00001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    made = sorted(chunks.glob("chunk-*.safetensors"))
+    assert not cut.exists() and 2 <= len(made) < 7
+    stamps = [path.stat().st_mtime_ns for path in made]
+    run("rollout_world", *arguments, "--output", cut, "--keep_chunks")
+    assert [path.stat().st_mtime_ns for path in made] == stamps
+    run("rollout_world", *arguments, "--output", tmp_path / "whole.mp4", "--keep_chunks")
+    for name in sorted(path.name for path in chunks.glob("chunk-*")):
+        latents = [load_file(folder / name)["latents"] for folder in (chunks, tmp_path / "whole.mp4.chunks")]
+        torch.testing.assert_close(*latents, atol=1e-4, rtol=0)
+    whole, again = (read_video(path).frames for path in (tmp_path / "whole.mp4", cut))
+    assert whole.shape[1] == 81 and (whole.int() - again.int()).abs().max() <= 2
 
 
 def test_preview_is_kept_up_to_date(tmp_path):

@@ -47,7 +47,8 @@ def examine(model: str | Path | None = None) -> list[Finding]:
         from .nano import nano_path
 
         model = nano_path()
-    return [*_versions(), *_devices(), *_extras(), *examine_model(model)]
+    devices, gpu_memory = _devices()
+    return [*_versions(), *devices, *_extras(), *examine_model(model, gpu_memory)]
 
 
 # ---- the installation ----------------------------------------------------------------------------------------------
@@ -79,21 +80,24 @@ def _versions() -> list[Finding]:
     return findings
 
 
-def _devices() -> list[Finding]:
+def _devices() -> tuple[list[Finding], int | None]:
+    """What there is to compute on, and the memory of the largest CUDA device."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     findings = [Finding(f"{os.cpu_count()} processor cores, {_size(memory)} of memory")]
     if find_spec("torch") is None:
-        return findings
+        return findings, None
     import torch
 
+    sizes = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        findings.append(Finding(f"cuda:{i} {properties.name}, {_size(properties.total_memory)}"))
+        sizes.append(properties.total_memory)
+        findings.append(Finding(f"cuda:{i} {properties.name}, {_size(sizes[-1])}"))
     if torch.backends.mps.is_available():
         findings.append(Finding("Apple GPU (mps)"))
     if len(findings) == 1:
         findings.append(Finding("no GPU: the nano models run on the processor, the published ones would take days"))
-    return findings
+    return findings, max(sizes, default=None)
 
 
 def _extras() -> list[Finding]:
@@ -116,8 +120,11 @@ def _extras() -> list[Finding]:
 # ---- a model -------------------------------------------------------------------------------------------------------
 
 
-def examine_model(folder: str | Path) -> list[Finding]:
-    """Whether a pipeline's folder has all that its index names, whether the weights are whole, and how large they are."""
+def examine_model(folder: str | Path, gpu_memory: int | None = None) -> list[Finding]:
+    """Whether a pipeline's folder has all that its index names, whether the weights are whole, and how large they are.
+
+    `gpu_memory`, in bytes: that of the device which it is to run on.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         text = f"{folder} is no folder here. If it is the name of a model on the Hub: hf download {folder}"
@@ -126,7 +133,7 @@ def examine_model(folder: str | Path) -> list[Finding]:
     if not index.exists():
         return [Finding(f"{folder} has no model_index.json: it is not the folder of a pipeline", problem=True)]
     content = json.loads(index.read_text())
-    findings, total = [Finding(f"model {folder}: {content.get('_class_name')}")], 0
+    findings, sizes = [Finding(f"model {folder}: {content.get('_class_name')}")], {}
     for name, value in content.items():
         if not isinstance(value, list) or name.startswith("_"):
             continue
@@ -134,12 +141,17 @@ def examine_model(folder: str | Path) -> list[Finding]:
         if library is None:
             findings.append(Finding(f"{name}: none, the pipeline goes without"))
             continue
-        part, size = _component(folder / name, name, library, kind)
+        part, sizes[name] = _component(folder / name, name, library, kind)
         findings += part
-        total += size
+    total = sum(sizes.values())
     free = shutil.disk_usage(folder).free
     findings.append(Finding(f"weights: {_size(total)} in memory as stored; {_size(free)} free on its disk"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    if gpu_memory is not None and total > gpu_memory:
+        largest = max(sizes, key=sizes.get)
+        text = f"the weights are larger than the GPU's memory of {_size(gpu_memory)}: pipe.enable_model_cpu_offload() keeps "
+        text += f"one part at a time there, of which {largest} is the largest with {_size(sizes[largest])}"
+        findings.append(Finding(text, problem=sizes[largest] > gpu_memory))
     if memory and total > memory:
         findings.append(Finding(f"the weights are larger than this machine's memory of {_size(memory)}", problem=True))
     return findings
