@@ -70,7 +70,7 @@ _TO_ORIGINAL = (
     (r"^condition_embed\.", "token_embedder."),
 )
 POSITIONS = "pos_embedder.seq"  # 0, 1, 2, ...: not stored by us
-_UNCERTAINTY = {"0.freqs": "freqs", "0.phases": "phases", "1.weight": "linear.weight"}
+UNCERTAINTY = {"0.freqs": "freqs", "0.phases": "phases", "1.weight": "linear.weight"}
 
 
 def load_original_transformer(class_name: str, config: dict, state_dict: dict) -> CosmosWorldTransformer3D:
@@ -87,10 +87,10 @@ def load_original_transformer(class_name: str, config: dict, state_dict: dict) -
 def load_original_uncertainty(state_dict: dict) -> UncertaintyHead:
     """The `logvar.*` entries of a checkpoint -> our uncertainty head, float32, in eval mode."""
     found = {key.removeprefix("logvar."): value for key, value in state_dict.items() if key.startswith("logvar.")}
-    if found.keys() != _UNCERTAINTY.keys():
-        raise ValueError(f"logvar needs the entries {sorted(_UNCERTAINTY)}, the checkpoint has {sorted(found)}")
+    if found.keys() != UNCERTAINTY.keys():
+        raise ValueError(f"logvar needs the entries {sorted(UNCERTAINTY)}, the checkpoint has {sorted(found)}")
     head = UncertaintyHead(num_features=found["0.freqs"].numel())
-    head.load_state_dict({_UNCERTAINTY[key]: value for key, value in found.items()}, strict=True)
+    head.load_state_dict({UNCERTAINTY[key]: value for key, value in found.items()}, strict=True)
     return head.float().eval()
 
 
@@ -183,7 +183,7 @@ def classify_keys(keys, names) -> dict[str, str | None]:
     found, unknown = {}, []
     for key in keys:
         name = key.removeprefix("net.")
-        if name.endswith("_extra_state") or name == POSITIONS or name.removeprefix("logvar.") in _UNCERTAINTY:
+        if name.endswith("_extra_state") or name == POSITIONS or name.removeprefix("logvar.") in UNCERTAINTY:
             found[key] = None
         elif name in ours:
             found[key] = ours[name]

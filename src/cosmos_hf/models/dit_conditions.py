@@ -6,6 +6,8 @@ embedding (actions), or as a time axis that holds several views. All are off in 
 Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width, D width.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -201,7 +203,8 @@ def add_conditions(base, **changes):
 
     Raises ValueError for a change that is no condition, or that would take one away.
     """
-    old = dict(base.config)
+    fields = inspect.signature(type(base).__init__).parameters  # a config may hold more, from a folder of diffusers
+    old = {name: base.config[name] for name in fields if name != "self"}
     allowed = ("camera_channels", "condition_channels", "condition_vocab_size", "num_views", "view_embed_dim")
     allowed += ("frame_repeat_embed", "action_dim", "action_form")
     add_mask = changes.pop("condition_mask", False)
@@ -211,7 +214,7 @@ def add_conditions(base, **changes):
         )
     if add_mask and base.takes_condition_mask:
         raise ValueError("this model takes a condition_mask already")
-    new = {key: value for key, value in {**old, **changes}.items() if not key.startswith("_")}
+    new = {**old, **changes}
     for name in changes:
         if name != "action_form" and old[name] not in (None, 0, 1, False) and new[name] != old[name]:
             raise ValueError(f"{name} is {old[name]} in this model and cannot become {new[name]}")

@@ -14,6 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .diffusers_settings import from_diffusers_config
+
 SOLVERS = ("res_2ab", "euler")
 
 
@@ -47,6 +49,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         p_mean, p_std: ln(sigma) of training is normal with these.
         scale_noise_by_frames: multiply training sigmas by sqrt(T) (the reference's `adjust_video_noise`).
         augment_p_mean, augment_p_std: the same as p_mean, p_std for the noise on given frames in training.
+        final_sigmas_type: "zero", or "sigma_min" to stop at the last level of the grid as diffusers' published settings do: the
+            last step then has no length, and its noise stays in the result.
     """
 
     order = 1
@@ -64,9 +68,12 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         scale_noise_by_frames: bool = False,
         augment_p_mean: float = -3.0,
         augment_p_std: float = 2.0,
+        final_sigmas_type: str = "zero",
     ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}")
         self._check_solver(solver)
         self.sigmas = self.timesteps = self.num_inference_steps = None
         self.solver = solver
@@ -76,6 +83,11 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
     def _check_solver(solver: str):
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+
+    @classmethod
+    def from_config(cls, config, **kwargs):
+        """As of every diffusers scheduler; a config of diffusers' `EDMEulerScheduler` gives the same samples."""
+        return super().from_config(from_diffusers_config(config), **kwargs)
 
     # ---- preconditioning -------------------------------------------------------------------------------------------
 
@@ -133,7 +145,9 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)
         high, low = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
         grid = (high + ramp * (low - high)) ** self.config.rho
-        self.sigmas = torch.cat([grid, grid.new_zeros(1)])
+        self.sigmas = torch.cat(
+            [grid, grid[-1:] if self.config.final_sigmas_type == "sigma_min" else grid.new_zeros(1)]
+        )
         self.timesteps = (grid.log() / 4).float().to(device)
         self._step, self._previous = 0, None
 
@@ -162,6 +176,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         sigma, target = self.sigmas[self._step].item(), self.sigmas[self._step + 1].item()
         if target == 0:
             new = denoised
+        elif target == sigma:
+            new = sample
         elif self.solver == "euler":
             new = sample + (target - sigma) / sigma * (sample - denoised)
         else:
