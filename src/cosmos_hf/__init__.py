@@ -15,6 +15,7 @@ _HOMES = {
     "CosmosVideoTokenizer": "models.autoencoder_cosmos",
     "CosmosWorldTransformer3D": "models.transformer_cosmos",
     "nano_path": "nano",
+    "preflight": "pipelines.preflight",
 }
 
 __all__ = sorted(_HOMES)
