@@ -20,10 +20,15 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
+from cosmos_hf import preflight
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.dit_conditions import add_conditions
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
-from cosmos_hf.pipelines.published_layout import save_for_diffusers, transformer_config_to_diffusers
+from cosmos_hf.pipelines.published_layout import (
+    complete_pipeline,
+    export_for_diffusers,
+    transformer_config_to_diffusers,
+)
 from cosmos_hf.pipelines.text2world import CosmosText2WorldPipeline
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
@@ -237,8 +242,7 @@ def test_back_to_diffusers_bit_for_bit(pair, tmp_path, monkeypatch):
     ours.save_pretrained(tmp_path / "ours")
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert index["transformer"][1] == "CosmosWorldTransformer3D"
-    again = type(ours).from_pretrained(tmp_path / "ours")
-    save_for_diffusers(again, tmp_path / "theirs")
+    export_for_diffusers(tmp_path / "ours", tmp_path / "theirs")
     back = type(theirs).from_pretrained(tmp_path / "theirs", safety_checker=NoChecks())
     for name in ("transformer", "vae", "text_encoder"):
         before, after = (getattr(pipe, name).state_dict() for pipe in (theirs, back))
@@ -254,6 +258,41 @@ def test_back_to_diffusers_bit_for_bit(pair, tmp_path, monkeypatch):
     } == dict(sigma_min=0.002, sigma_max=80, sigma_data=0.5, rho=7.0, final_sigmas_type="sigma_min")
     index, original = (json.loads((place / "model_index.json").read_text()) for place in (tmp_path / "theirs", folder))
     assert index == {key: value for key, value in original.items() if key != "_name_or_path"}
+
+
+def test_precision_is_kept_on_the_way_back(pair, tmp_path):
+    _, _, folder = pair
+    half = CosmosWorldTransformer3D.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    for file in folder.iterdir():
+        if file.name != "transformer":
+            (tmp_path / file.name).symlink_to(file)
+    half.save_pretrained(tmp_path / "transformer")
+    export_for_diffusers(tmp_path, tmp_path / "theirs")
+    before, after = (
+        load_file(p / "transformer" / "diffusion_pytorch_model.safetensors") for p in (tmp_path, tmp_path / "theirs")
+    )
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+
+
+def test_other_parts_are_taken_from_a_base(pair, tmp_path):
+    _, ours, folder = pair
+    ours.transformer.save_pretrained(tmp_path / "transformer")
+    complete_pipeline(folder, tmp_path)
+    again = type(ours).from_pretrained(tmp_path)
+    settings = [{k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")} for pipe in (again, ours)]
+    assert settings[0] == settings[1]
+    assert all(torch.equal(v, again.vae.state_dict()[k]) for k, v in ours.vae.state_dict().items())
+    with pytest.raises(ValueError, match="is no pipeline's folder: it has no model_index.json"):
+        complete_pipeline(tmp_path / "transformer", tmp_path)
+
+
+def test_preflight_of_a_published_folder(pair):
+    _, _, folder = pair
+    said = str(preflight(folder))
+    assert (
+        "leaves its noise in the video" in said
+        and "the folder has no settings of its own, give a size in calls" in said
+    )
 
 
 def test_what_diffusers_lacks_is_refused(pair):

@@ -81,8 +81,11 @@ CHECKS = (check_weights, check_statistics, check_scheduler)
 # ---- how the parts fit -----------------------------------------------------------------------------------------------
 
 
-def check_fit(pipeline, facts: list[str], problems: list[str]):
-    """Widths, channels, vocabulary and the pipeline's own settings; parts that are absent are not compared."""
+def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str]):
+    """Widths, channels, vocabulary and the pipeline's settings; parts that are absent are not compared.
+
+    own_settings: whether the settings are those of this model; a folder published for diffusers has none.
+    """
     transformer, vae = pipeline.transformer, pipeline.vae
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     if transformer is None:
@@ -100,7 +103,14 @@ def check_fit(pipeline, facts: list[str], problems: list[str]):
             f"vae has {vae.config.latent_channels} latent channels, the transformer {transformer.config.out_channels}"
         )
     elif vae is not None:
-        _check_settings(pipeline, facts, problems)
+        misfits = []
+        _check_settings(pipeline, facts, misfits)
+        if own_settings:
+            problems.extend(misfits)
+        else:
+            facts.extend(
+                f"{misfit}: the folder has no settings of its own, give a size in calls" for misfit in misfits
+            )
 
 
 def _check_settings(pipeline, facts: list[str], problems: list[str]):

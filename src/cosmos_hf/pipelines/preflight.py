@@ -70,7 +70,7 @@ def preflight(pipeline_or_folder, *, record: bool = False, **options) -> Preflig
         for check in CHECKS:
             check(name, part, report.facts, problems)
     if pipeline is not None:
-        check_fit(pipeline, report.facts, problems)
+        check_fit(pipeline, folder is None or _has_settings(folder), report.facts, problems)
     if not problems:  # a part that does not fit fails in ways that say less
         _run(parts, pipeline, report, problems)
     if folder is not None and not problems:
@@ -100,6 +100,10 @@ def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
     raise PreflightError(
         [f"{folder} has neither a model_index.json (a pipeline) nor a config.json (one of its parts)"]
     )
+
+
+def _has_settings(folder: Path) -> bool:
+    return "num_frames" in json.loads((folder / "model_index.json").read_text())
 
 
 def _pipeline_class(class_name: str):
