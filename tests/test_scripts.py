@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cosmos_hf import nano_path
+from cosmos_hf.convert.checkpoints import Checkpoint
 from cosmos_hf.data.video import read_metadata, read_video, write_video
 
 SCRIPTS = Path(__file__).parents[1] / "pipelines"
@@ -292,3 +293,39 @@ def test_bad_input_is_a_message_and_not_a_stack_trace(script, arguments, message
         run(script, *arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_convert_diffusion_there_and_back(tmp_path, capsys):
+    """The bundled network as a checkpoint of the reference, to our layout with a base, and back; then to diffusers'."""
+    run("convert_diffusion", nano_path(), "--to", "original", "--output", tmp_path / "model.pt")
+    before = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert "net.blocks.block0.blocks.0.block.attn.to_q.0.weight" in before
+    base = Path(nano_path())
+    config = base / "transformer" / "config.json"
+    run("convert_diffusion", tmp_path / "model.pt", "--config", config, "--base", base, "--output", tmp_path / "ours")
+    assert "transformer: CosmosWorldTransformer3D" in capsys.readouterr().out
+    assert (tmp_path / "ours" / "preflight.json").exists()
+    shards = tmp_path / "shards"
+    run(
+        *("convert_diffusion", tmp_path / "ours", "--to", "original"),
+        *("--output", shards, "--max_shard_size", "2MB"),
+    )
+    after = Checkpoint(shards)
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    assert set(after.keys()) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+    run("convert_diffusion", tmp_path / "ours", "--to", "diffusers", "--output", tmp_path / "theirs")
+    index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "CosmosTransformer3DModel"]
+
+
+def test_convert_diffusion_says_what_is_missing(tmp_path, capsys):
+    torch.save({"net.stray": torch.zeros(1)}, tmp_path / "model.pt")
+    for arguments, message in (
+        ((), "give --preset or --config"),
+        (("--preset", "tiny"), "unknown keys ['net.stray']"),
+        (("--preset", "tiny", "--max_shard_size", "5"), "like 500MB or 5GB"),
+        (("--to", "diffusers", "--dtype", "float32"), "convert with --dtype first"),
+    ):
+        with pytest.raises(SystemExit):
+            run("convert_diffusion", tmp_path / "model.pt", "--output", tmp_path / "out", *arguments)
+        assert message in capsys.readouterr().err

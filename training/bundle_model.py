@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cosmos_hf import CosmosVideo2WorldPipeline
+from cosmos_hf import CosmosVideo2WorldPipeline, preflight
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
 
@@ -36,6 +36,7 @@ def main(argv=None):
     # transformers 5 writes a class name that transformers 4 does not have; this one exists in both.
     for file in (target / "model_index.json", target / "tokenizer" / "tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    preflight(target, record=True)
     sample = ClipDataset(args.clips, num_frames=pipe.config.num_frames, random=False)[args.clip]
     metadata = {"caption": sample["caption"], "clip": sample["key"]}
     write_video(target / "example.mp4", sample["video"], sample["fps"], metadata, crf=12)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import T5EncoderModel
 
-from cosmos_hf import CosmosText2WorldPipeline, CosmosVideo2WorldPipeline, CosmosVideoTokenizer
+from cosmos_hf import CosmosText2WorldPipeline, CosmosVideo2WorldPipeline, CosmosVideoTokenizer, preflight
 from cosmos_hf.training.config import parse
 from cosmos_hf.training.diffusion import (
     DiffusionConfig,
@@ -50,7 +50,7 @@ def main(argv=None):
 
 
 def export(model: WorldModel, folder: Path, config: DiffusionConfig, texts: Texts, vae, scheduler, sample: dict):
-    """Save the pipeline of the trained parts, load it again and compare one forward pass."""
+    """Save the pipeline of the trained parts, load it again, compare one forward pass, and check the folder (`preflight`)."""
     takes_frames = model.transformer.takes_condition_mask
     pipeline_class = CosmosVideo2WorldPipeline if takes_frames else CosmosText2WorldPipeline
     factor = vae.config.spatial_compression
@@ -75,6 +75,7 @@ def export(model: WorldModel, folder: Path, config: DiffusionConfig, texts: Text
     again = pipeline_class.from_pretrained(folder)
     encoder = again.text_encoder if isinstance(model.text_encoder, T5EncoderModel) else None
     check_reload(model, WorldModel(again.transformer, encoder), texts.collate([sample])["text"])
+    preflight(folder, record=True)
 
 
 if __name__ == "__main__":

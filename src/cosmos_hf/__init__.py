@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
     "CosmosPromptUpsampler": "pipelines.prompt_upsampler",
+    "CosmosImageTokenizer": "models.autoencoder_cosmos_image",
     "CosmosText2WorldPipeline": "pipelines.text2world",
     "CosmosVideo2WorldPipeline": "pipelines.video2world",
     "CosmosVideoTokenizer": "models.autoencoder_cosmos",
     "CosmosWorldTransformer3D": "models.transformer_cosmos",
     "nano_path": "nano",
     "rollout": "pipelines.rollout",
+    "preflight": "pipelines.preflight",
 }
 
 __all__ = sorted(_HOMES)

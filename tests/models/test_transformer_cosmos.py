@@ -154,7 +154,7 @@ def test_samples_of_a_batch_do_not_mix(model):
         (dict(condition_mask=torch.zeros(2, 1, 3, 1, 1)), r"condition_mask must be \[2 or 1, 1, 3, 8, 12\]"),
         (dict(padding_mask=torch.zeros(3, 1, 8, 12)), "padding_mask must be"),
         (dict(attention_mask=torch.ones(2, 4)), r"attention_mask must be \[2 or 1, 5\]"),
-        (dict(timestep=torch.zeros(3)), r"timestep must be a scalar or \[2\]"),
+        (dict(timestep=torch.zeros(3)), r"timestep must be a scalar, \[2\] .one per sample. or \[2, 3\]"),
         (dict(fps=torch.tensor([10, 24])), "fps must be the same for a whole batch"),
         (dict(fps=0), "fps must be positive"),
     ],
@@ -179,7 +179,6 @@ def test_conditions_without_a_channel_are_refused():
     "change, message",
     [
         (dict(in_channels=18), "or one more for the condition mask"),
-        (dict(extra_pos_embed_type="sincos"), "must be None or 'learnable'"),
         (dict(max_size=(16, 47, 48)), "multiple of patch_size"),
         (dict(attention_head_dim=10), "even and at least 12"),
     ],

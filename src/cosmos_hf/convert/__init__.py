@@ -1,7 +1,15 @@
 """Published checkpoints of the reference implementation to our classes."""
 
-_TOKENIZERS = ("CausalContinuousVideoTokenizer", "CausalDiscreteVideoTokenizer")
-_TRANSFORMERS = ("GeneralDIT", "VideoExtendGeneralDIT")
+_TOKENIZERS = (
+    "CausalContinuousVideoTokenizer",
+    "CausalDiscreteVideoTokenizer",
+    "ContinuousImageTokenizer",
+    "DiscreteImageTokenizer",
+)
+_TRANSFORMERS = (
+    *("GeneralDIT", "VideoExtendGeneralDIT", "ActionConditionalVideoExtendGeneralDIT", "DiffusionDecoderGeneralDIT"),
+    *("MultiviewGeneralDIT", "MultiviewVideoExtendGeneralDIT", "VideoExtendMultiviewGeneralDIT"),
+)
 
 
 def load_original(class_name: str, config: dict, state_dict: dict, *, training_type: str | None = None):
@@ -9,7 +17,8 @@ def load_original(class_name: str, config: dict, state_dict: dict, *, training_t
 
     Args:
         class_name: the reference's class, for example "GeneralDIT" or "CausalContinuousVideoTokenizer".
-        config: its constructor's keyword arguments.
+        config: its constructor's keyword arguments; an action-conditioned model may have `action_form` "intended" or
+            "as_written" (the default: what its training code computes) beside them.
         state_dict: its state dict under the reference's own keys; `net.` and `logvar.` may stand in front.
         training_type: kind of an autoregressive checkpoint; no class that is supported so far has one.
 

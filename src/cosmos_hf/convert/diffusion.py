@@ -1,4 +1,4 @@
-"""Diffusion transformers of the reference (`GeneralDIT`, `VideoExtendGeneralDIT`) to `CosmosWorldTransformer3D`."""
+"""Diffusion transformers of the reference (`GeneralDIT` and the classes made from it) to `CosmosWorldTransformer3D`."""
 
 import re
 
@@ -34,33 +34,43 @@ _FIXED = {
     "window_sizes": "[]",
     "spatial_attn_win_size": 1,
     "temporal_attn_win_size": 1,
+    "traj_condition_dim": 0,
+    "concat_traj_embedding": False,
+    "is_diffusion_decoder": True,
+    "diffusion_decoder_condition_on_sigma": False,
+    "diffusion_decoder_condition_on_token": True,
 }
-# Arguments that do not change what is computed: memory layout, sampling of fps in training, factors of the sin-cos table only,
-# and pos_emb_learnable, which rope3d does not read.
+# Arguments that do not change what is computed: memory layout, sampling of fps in training, and pos_emb_learnable, which rope3d
+# does not read. (Factors of the sin-cos table matter only where there is one.)
 _WITHOUT_EFFECT = {
     *("block_x_format", "use_memory_save", "use_checkpoint", "min_fps", "max_fps", "pos_emb_learnable", "_target_"),
-    *("extra_h_extrapolation_ratio", "extra_w_extrapolation_ratio", "extra_t_extrapolation_ratio"),
 }
-_RENAMES = (
-    (r"^blocks\.block(\d+)\.blocks\.", r"transformer_blocks.\1."),
-    (r"(?<=transformer_blocks\.)(\d+)\.0\.block\.attn\.", r"\1.attn1."),
-    (r"(?<=transformer_blocks\.)(\d+)\.1\.block\.attn\.", r"\1.attn2."),
-    (r"\.to_(q|k|v)\.0\.", r".to_\1."),
-    (r"\.to_(q|k)\.1\.", r".norm_\1."),
-    (r"(?<=transformer_blocks\.)(\d+)\.2\.block\.layer1\.", r"\1.ff.net.0.proj."),
-    (r"(?<=transformer_blocks\.)(\d+)\.2\.block\.layer2\.", r"\1.ff.net.2."),
+# Names of our parameters -> the reference's, applied one after the other.
+_TO_ORIGINAL = (
+    (r"^transformer_blocks\.(\d+)\.attn1\.", r"blocks.block\1.blocks.0.block.attn."),
+    (r"^transformer_blocks\.(\d+)\.attn2\.", r"blocks.block\1.blocks.1.block.attn."),
+    (r"\.attn\.to_(q|k|v)\.", r".attn.to_\1.0."),
+    (r"\.attn\.norm_(q|k)\.", r".attn.to_\1.1."),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"blocks.block\1.blocks.2.block.layer1."),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.2\.", r"blocks.block\1.blocks.2.block.layer2."),
     (
-        r"(?<=transformer_blocks\.)(\d+)\.(\d)\.adaLN_modulation\.",
-        lambda match: f"{match[1]}.norm{int(match[2]) + 1}.linear_",
+        r"^transformer_blocks\.(\d+)\.norm(\d)\.linear_",
+        lambda match: f"blocks.block{match[1]}.blocks.{int(match[2]) - 1}.adaLN_modulation.",
     ),
-    (r"^t_embedder\.1\.", "time_embed.t_embedder."),
-    (r"^affline_norm\.", "time_embed.norm."),
-    (r"^x_embedder\.proj\.1\.", "patch_embed.proj."),
-    (r"^extra_pos_embedder\.", "learnable_pos_embed."),
-    (r"^final_layer\.adaLN_modulation\.", "norm_out.linear_"),
-    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^time_embed\.t_embedder\.", "t_embedder.1."),
+    (r"^time_embed\.norm\.", "affline_norm."),
+    (r"^patch_embed\.proj\.", "x_embedder.proj.1."),
+    (r"^learnable_pos_embed\.", "extra_pos_embedder."),
+    (r"^norm_out\.linear_", "final_layer.adaLN_modulation."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^view_embed\.views\.", "view_embeddings."),
+    (r"^view_embed\.frame_repeat\.", "repeat_frame_embedding."),
+    (r"^action_embed\.sinusoid\.linear_", "action_embedder_B_D.fc"),
+    (r"^action_embed\.offsets\.linear_", "action_embedder_B_3D.fc"),
+    (r"^condition_embed\.", "token_embedder."),
 )
-_UNCERTAINTY = {"0.freqs": "freqs", "0.phases": "phases", "1.weight": "linear.weight"}
+POSITIONS = "pos_embedder.seq"  # 0, 1, 2, ...: not stored by us
+UNCERTAINTY = {"0.freqs": "freqs", "0.phases": "phases", "1.weight": "linear.weight"}
 
 
 def load_original_transformer(class_name: str, config: dict, state_dict: dict) -> CosmosWorldTransformer3D:
@@ -77,17 +87,16 @@ def load_original_transformer(class_name: str, config: dict, state_dict: dict) -
 def load_original_uncertainty(state_dict: dict) -> UncertaintyHead:
     """The `logvar.*` entries of a checkpoint -> our uncertainty head, float32, in eval mode."""
     found = {key.removeprefix("logvar."): value for key, value in state_dict.items() if key.startswith("logvar.")}
-    if found.keys() != _UNCERTAINTY.keys():
-        raise ValueError(f"logvar needs the entries {sorted(_UNCERTAINTY)}, the checkpoint has {sorted(found)}")
+    if found.keys() != UNCERTAINTY.keys():
+        raise ValueError(f"logvar needs the entries {sorted(UNCERTAINTY)}, the checkpoint has {sorted(found)}")
     head = UncertaintyHead(num_features=found["0.freqs"].numel())
-    head.load_state_dict({_UNCERTAINTY[key]: value for key, value in found.items()}, strict=True)
+    head.load_state_dict({UNCERTAINTY[key]: value for key, value in found.items()}, strict=True)
     return head.float().eval()
 
 
 def transformer_config(class_name: str, config: dict) -> dict:
     """Constructor arguments of `CosmosWorldTransformer3D` for those of the reference."""
     config = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
-    video = class_name == "VideoExtendGeneralDIT"
     ours = {new: config.pop(old) for old, new in _SAME.items() if old in config}
     try:
         ours["attention_head_dim"] = config.pop("model_channels") // ours["num_attention_heads"]
@@ -98,20 +107,15 @@ def transformer_config(class_name: str, config: dict) -> dict:
     ours["patch_size"] = (patch_time, patch, patch)
     ours["max_size"] = tuple(sizes)
     ours["rope_scale"] = tuple(float(config.pop(f"rope_{axis}_extrapolation_ratio", 1.0)) for axis in "thw")
-    extra, kind = (
-        config.pop("extra_per_block_abs_pos_emb", False),
-        config.pop("extra_per_block_abs_pos_emb_type", None),
-    )
-    if extra and kind != "learnable":
+    channels = ours.get("in_channels"), ours.get("out_channels", 16)
+    masked = class_name in ("VideoExtendGeneralDIT", "ActionConditionalVideoExtendGeneralDIT")
+    if channels[0] != channels[1] + masked:
         raise ValueError(
-            f"{class_name} argument extra_per_block_abs_pos_emb_type={kind!r}: only 'learnable' is supported"
+            f"{class_name} has in_channels={channels[0]} and out_channels={channels[1]}: "
+            f"{'one more channel in than out, the condition mask, is' if masked else 'equal numbers are'} expected"
         )
-    ours["extra_pos_embed_type"] = "learnable" if extra else None
-    if ours.get("in_channels") != ours.get("out_channels", 16) + video:
-        raise ValueError(
-            f"{class_name} has in_channels={ours.get('in_channels')} and out_channels={ours.get('out_channels', 16)}: "
-            f"{'one more channel in than out, the condition mask, is' if video else 'equal numbers are'} expected"
-        )
+    ours |= _condition_config(class_name, config, ours["in_channels"])
+    ours["extra_pos_embed_type"] = _position_config(class_name, config)
     for key, value in config.items():
         if key not in _FIXED:
             raise ValueError(f"{class_name} argument {key}={value!r} is not known to the converter")
@@ -122,39 +126,94 @@ def transformer_config(class_name: str, config: dict) -> dict:
     return ours
 
 
-def convert_transformer_keys(state_dict: dict, model: CosmosWorldTransformer3D) -> dict:
-    """The reference's keys, with or without `net.` in front, -> ours; `logvar.*`, `_extra_state` and `pos_embedder.seq` go.
+def _condition_config(class_name: str, config: dict, in_channels: int) -> dict:
+    """What a class has beyond text and frames; takes the arguments for it out of `config`."""
+    if "Multiview" in class_name:
+        with_view = config.pop("concat_view_embedding", True)
+        return dict(
+            num_views=config.pop("n_views", 3),
+            view_embed_dim=config.pop("view_condition_dim", 3) * bool(with_view),
+            frame_repeat_embed=config.pop("add_repeat_frame_embedding", False),
+            in_channels=in_channels + ("VideoExtend" in class_name),  # the class adds the mask's channel itself
+        )
+    if class_name == "ActionConditionalVideoExtendGeneralDIT":
+        return dict(action_dim=config.pop("action_dim", 7), action_form=config.pop("action_form", "as_written"))
+    if class_name == "DiffusionDecoderGeneralDIT":
+        width = config.pop("diffusion_decoder_token_condition_dim", 32)
+        return dict(
+            condition_channels=width,
+            condition_vocab_size=config.pop("diffusion_decoder_token_condition_voc_size", 64000),
+            in_channels=in_channels + width,
+        )
+    return {}
 
-    Raises ValueError naming every key that the model does not have, and every one missing.
+
+def _position_config(class_name: str, config: dict) -> str | None:
+    extra = config.pop("extra_per_block_abs_pos_emb", False)
+    kind = config.pop("extra_per_block_abs_pos_emb_type", None)
+    ratios = [config.pop(f"extra_{axis}_extrapolation_ratio", 1.0) for axis in "thw"]
+    if not extra:
+        return None
+    if "Multiview" in class_name:  # the class builds sines and cosines whatever the type says
+        if any(ratio != 1 for ratio in ratios):
+            raise ValueError(f"{class_name} arguments extra_*_extrapolation_ratio={ratios}: only 1 was released")
+        return "sincos"
+    if kind != "learnable":
+        raise ValueError(
+            f"{class_name} argument extra_per_block_abs_pos_emb_type={kind!r}: only 'learnable' is supported"
+        )
+    return "learnable"
+
+
+def original_key(name: str) -> str:
+    """The name in our state dict -> the reference's, without `net.`."""
+    for pattern, replacement in _TO_ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def classify_keys(keys, names) -> dict[str, str | None]:
+    """Keys of a checkpoint of the reference -> names in our state dict `names`, or None for what is no weight of the network.
+
+    `net.` may stand in front. No weights are `logvar.*` (`load_original_uncertainty`), `pos_embedder.seq` (whose value is
+    checked elsewhere) and `_extra_state` (Transformer Engine's FP8 bookkeeping).
+    Raises ValueError naming every key that the model does not have, and every name that no key fills.
     """
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    converted, unknown = {}, []
-    for key, tensor in state_dict.items():
+    ours = {original_key(name): name for name in names}
+    found, unknown = {}, []
+    for key in keys:
         name = key.removeprefix("net.")
-        if name.endswith("_extra_state"):  # Transformer Engine's FP8 bookkeeping, not a weight
-            continue
-        if name.startswith("logvar."):
-            if name.removeprefix("logvar.") not in _UNCERTAINTY:
-                unknown.append(key)
-            continue
-        if name == "pos_embedder.seq":
-            _check_positions(key, tensor)
-            continue
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name not in expected:
-            unknown.append(key)
-        elif expected[name] != tensor.shape:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the config wants {tuple(expected[name])}")
+        if name.endswith("_extra_state") or name == POSITIONS or name.removeprefix("logvar.") in UNCERTAINTY:
+            found[key] = None
+        elif name in ours:
+            found[key] = ours[name]
         else:
-            converted[name] = tensor
-    missing = sorted(expected.keys() - converted.keys())
+            unknown.append(key)
+    missing = sorted(set(names) - set(found.values()))
     if unknown or missing:
         raise ValueError(f"not a transformer of this config: unknown keys {unknown}, missing (our names) {missing}")
+    return found
+
+
+def convert_transformer_keys(state_dict: dict, model: CosmosWorldTransformer3D) -> dict:
+    """The reference's state dict -> ours; see `classify_keys`. Raises ValueError for strange keys, shapes and buffers."""
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    converted = {}
+    for key, name in classify_keys(state_dict, expected).items():
+        if name is not None:
+            check_weight(key, state_dict[key].shape, expected[name])
+            converted[name] = state_dict[key]
+        elif key.endswith(POSITIONS):
+            check_positions(key, state_dict[key])
     return converted
 
 
-def _check_positions(key: str, tensor: torch.Tensor):
+def check_weight(key: str, shape, expected):
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"{key} has shape {tuple(shape)}, the config wants {tuple(expected)}")
+
+
+def check_positions(key: str, tensor: torch.Tensor):
     if not tensor.is_meta and not torch.equal(
         tensor.float().cpu(), torch.arange(len(tensor)).to(tensor.dtype).float()
     ):

@@ -2,7 +2,8 @@
 
 Module names are those of diffusers' `CosmosTransformer3DModel`, so that its published weights load unchanged.
 
-Axes: B batch, L tokens (frame slowest, then row, then column), M text tokens, D width, N heads, d head width.
+Axes: B batch, V views, L tokens (view slowest, then frame, row and column), M text tokens of a view, D width, N heads,
+d head width; F is 1 where a whole clip has one noise level, or the number of latent frames where each has its own.
 """
 
 import math
@@ -90,6 +91,22 @@ class LearnablePositionEmbedding(nn.Module):
         return embedding / (rms + 1e-6)
 
 
+def sincos_positions(hidden_size: int, grid: tuple[int, int, int], device=None) -> torch.Tensor:
+    """Fixed [L, D] of a grid (T, H, W), float32: on the frame's channels, then the row's, then the column's, sines and cosines.
+
+    D is split like a head's channels: rows and columns have 2 * (D // 6) each, frames the rest.
+    """
+    side = hidden_size // 6 * 2
+    parts = []
+    for axis, width in enumerate((hidden_size - 2 * side, side, side)):
+        steps = torch.arange(width // 2, device=device, dtype=torch.float64) / (width / 2)
+        angles = torch.outer(torch.arange(grid[axis], device=device, dtype=torch.float64), 10000.0**-steps)
+        shape = [1, 1, 1, width]
+        shape[axis] = grid[axis]
+        parts.append(torch.cat([angles.sin(), angles.cos()], dim=-1).float().view(shape).expand(*grid, -1))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
 class RMSNorm(nn.RMSNorm):
     """With the gain in the input's precision, as the fused kernels need it under autocast."""
 
@@ -108,7 +125,7 @@ class _TimeMLP(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """c_noise [B] -> (SiLU of the normalised sinusoid [B, D], shift/scale/gate offsets [B, 3D] shared by all blocks).
+    """c_noise [B, F] -> (SiLU of the normalised sinusoid [B, F, D], shift/scale/gate offsets [B, F, 3D] shared by all blocks).
 
     It is the raw sinusoid that is normalised and modulates the blocks; the MLP's output is only added to the modulation.
     """
@@ -119,12 +136,25 @@ class TimeEmbedding(nn.Module):
         self.t_embedder = _TimeMLP(hidden_size)
         self.norm = RMSNorm(hidden_size, eps=1e-6)
 
-    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        dtype: torch.dtype,
+        action: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`action` is what `ActionEmbedding` adds to the sinusoid [B, F, D] and to the offsets [B, F, 3D]."""
         # downscale_freq_shift 0: k_i = 10000^(-i / (D / 2)); the cosines come first
         sinusoid = get_timestep_embedding(
-            timestep.float(), self.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0
-        ).to(dtype)
-        return F.silu(self.norm(sinusoid)), self.t_embedder(sinusoid)
+            timestep.float().flatten(), self.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        sinusoid = sinusoid.to(dtype).unflatten(0, timestep.shape)
+        offsets = self.t_embedder(sinusoid)
+        to_sinusoid, to_offsets = action
+        if to_sinusoid is not None:
+            sinusoid = sinusoid + to_sinusoid
+        if to_offsets is not None:
+            offsets = offsets + to_offsets
+        return F.silu(self.norm(sinusoid)), offsets
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -137,11 +167,18 @@ class AdaptiveLayerNorm(nn.Module):
         self.linear_2 = nn.Linear(rank, self.parts * hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x [B, L, D], time [B, D], offsets [B, 3D] -> (modulated x,) or (modulated x, gate [B, 1, D])."""
-        hidden_size = x.shape[-1]
-        modulation = self.linear_2(self.linear_1(time)) + offsets[:, : self.parts * hidden_size]
-        shift, scale, *gate = modulation.unsqueeze(1).chunk(self.parts, dim=-1)
-        return torch.addcmul(shift, F.layer_norm(x, (hidden_size,), eps=1e-6), 1 + scale), *gate
+        """x [B, L, D], time [B, F, D], offsets [B, F, 3D] -> (modulated x,) or (modulated x, gate [B, F, 1, D])."""
+        hidden_size, frames = x.shape[-1], time.shape[1]
+        modulation = self.linear_2(self.linear_1(time)) + offsets[..., : self.parts * hidden_size]
+        shift, scale, *gate = modulation.unsqueeze(2).chunk(self.parts, dim=-1)  # [B, F, 1, D] each
+        x = F.layer_norm(x, (hidden_size,), eps=1e-6).unflatten(1, (frames, -1))  # [B, F, L / F, D]
+        return torch.addcmul(shift, x, 1 + scale).flatten(1, 2), *gate
+
+
+def add_gated(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """x + gate * update, with x and update [B, L, D] and the gate [B, F, 1, D] of the tokens' frames."""
+    frames = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (frames, -1)), gate, update.unflatten(1, (frames, -1))).flatten(1, 2)
 
 
 class CosmosAttnProcessor:
@@ -203,11 +240,13 @@ class CosmosBlock(nn.Module):
         self.ff = FeedForward(hidden_size, mult=mlp_ratio, activation_fn="gelu", bias=False)
 
     def forward(self, x, text, time, offsets, rotary, positions=None, attention_mask=None) -> torch.Tensor:
+        """x [B, L, D]; text [B * V, M, text_size], so that each view attends to its own text; attention_mask [B * V, 1, 1, M]."""
         if positions is not None:
             x = x + positions  # [B, L, D] + [L, D]
         modulated, gate = self.norm1(x, time, offsets)
-        x = torch.addcmul(x, gate, self.attn1(modulated, rotary=rotary))
+        x = add_gated(x, gate, self.attn1(modulated, rotary=rotary))
         modulated, gate = self.norm2(x, time, offsets)
-        x = torch.addcmul(x, gate, self.attn2(modulated, text, attention_mask=attention_mask))
+        per_view = modulated.reshape(len(text), -1, x.shape[-1])  # [B * V, L / V, D]
+        x = add_gated(x, gate, self.attn2(per_view, text, attention_mask=attention_mask).view_as(x))
         modulated, gate = self.norm3(x, time, offsets)
-        return torch.addcmul(x, gate, self.ff(modulated))
+        return add_gated(x, gate, self.ff(modulated))

@@ -1,24 +1,41 @@
-"""The diffusion transformer of Cosmos-1 (arXiv 2501.03575, section 5.1): text, frame and padding conditions over video.
+"""The diffusion transformer of Cosmos-1 (arXiv 2501.03575, section 5.1): one class for every condition over video.
 
-Names of parameters and config fields are those of diffusers' `CosmosTransformer3DModel`; its published folders load.
+Names of parameters and config fields are those of diffusers' `CosmosTransformer3DModel`, whose published folders load, and new
+ones for what it lacks: actions, camera rays, tokens and views, which `dit_conditions` describes.
 The network knows nothing of noise: what it is given and what its output means is the scheduler's
 (`schedulers/scheduling_edm_cosmos.py`).
 
-Axes: B batch, C channels, T latent frames, H and W latent height and width, L tokens, M text tokens, D width.
+Axes: B batch, V views, C channels, T latent frames of all views (view slowest), H and W latent height and width, L tokens,
+M text tokens of a view, D width; F is 1, or T where noise levels or actions differ from frame to frame.
 """
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .dit_layers import AdaptiveLayerNorm, CosmosBlock, LearnablePositionEmbedding, RotaryEmbedding3D, TimeEmbedding
+from .dit_conditions import (
+    ActionEmbedding,
+    ViewEmbedding,
+    check_actions,
+    check_condition_config,
+    check_shape,
+    with_condition_channels,
+)
+from .dit_layers import (
+    AdaptiveLayerNorm,
+    CosmosBlock,
+    LearnablePositionEmbedding,
+    RotaryEmbedding3D,
+    TimeEmbedding,
+    sincos_positions,
+)
 from .strict_loading import StrictLoadingMixin
 
 _14B = dict(num_layers=36, num_attention_heads=40, rope_scale=(2.0, 2.0, 2.0))
+_MULTIVIEW = dict(num_views=6, view_embed_dim=6, frame_repeat_embed=True, extra_pos_embed_type="sincos")
 _TINY = dict(
     num_layers=2,
     num_attention_heads=2,
@@ -34,6 +51,16 @@ PRESETS = {
     "7b-video2world": dict(in_channels=17),
     "14b-text2world": _14B,
     "14b-video2world": dict(in_channels=17, **_14B),
+    "7b-text2world-multiview": _MULTIVIEW,
+    "7b-video2world-multiview": dict(in_channels=17, **_MULTIVIEW),
+    "7b-video2world-action": dict(in_channels=17, action_dim=7),
+    "7b-diffusion-decoder": dict(
+        in_channels=48,
+        condition_channels=32,
+        condition_vocab_size=64000,
+        rope_scale=(1.0, 1.5, 1.5),
+        extra_pos_embed_type=None,
+    ),
     "nano-video2world": dict(
         in_channels=17,
         num_layers=6,
@@ -64,26 +91,35 @@ class PatchEmbedding(nn.Module):
 
 
 class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The one world transformer: text-to-world, and video-to-world where `in_channels` has a channel for the mask.
+    """The one world transformer. Text is its only condition unless the config has more; `conditions` lists them.
 
     Args:
-        in_channels: channels of `hidden_states` plus one where the model takes a `condition_mask`.
+        in_channels: `out_channels`, plus one where the model takes a `condition_mask` (video-to-world), plus `camera_channels`
+            and `condition_channels`. Padding and views, which have their own fields, are not counted.
         out_channels: latent channels; those of `hidden_states` and of the output.
         num_attention_heads, attention_head_dim, num_layers, mlp_ratio: size of the blocks.
         text_embed_dim: width of `encoder_hidden_states`.
         adaln_lora_dim: rank of the noise level's low-rank modulation.
-        max_size: largest latent (T, H, W).
+        max_size: largest latent (T, H, W) of a view.
         patch_size: latent positions per token along (T, H, W).
         rope_scale: stretch of the rotary wavelengths along (T, H, W).
         concat_padding_mask: whether a channel tells which pixels are padding.
-        extra_pos_embed_type: "learnable" (tables added before every block) or None.
+        extra_pos_embed_type: "learnable" tables or fixed "sincos" ones, added before every block, or None.
+        camera_channels: channels of `camera`, 6 for Plücker rays; 0 is none.
+        condition_channels: channels of `condition`; 0 is none.
+        condition_vocab_size: `condition` is token ids below this, embedded into `condition_channels`; None is real channels.
+        action_dim: width of an action; None is none.
+        action_form: "intended", or "as_written" for checkpoints of the published training code (`ActionEmbedding`).
+        num_views: views that the time and text axes hold, each with its own positions and its own text.
+        view_embed_dim: channels that tell the views apart; 0 is none.
+        frame_repeat_embed: whether these channels also hold how often a view's frame repeats (`frame_repeat`).
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["CosmosBlock"]
     _repeated_blocks = ["CosmosBlock"]
     _keep_in_fp32_modules = ["learnable_pos_embed"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "learnable_pos_embed", "norm", "proj_out"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "learnable_pos_embed", "norm", "proj_out", "view_embed"]
 
     @register_to_config
     def __init__(
@@ -101,27 +137,40 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         rope_scale: tuple[float, float, float] = (2.0, 1.0, 1.0),
         concat_padding_mask: bool = True,
         extra_pos_embed_type: str | None = "learnable",
+        camera_channels: int = 0,
+        condition_channels: int = 0,
+        condition_vocab_size: int | None = None,
+        action_dim: int | None = None,
+        action_form: str = "intended",
+        num_views: int = 1,
+        view_embed_dim: int = 0,
+        frame_repeat_embed: bool = False,
     ):
         super().__init__()
-        if in_channels - out_channels not in (0, 1):
+        check_condition_config(self.config)
+        if extra_pos_embed_type not in (None, "learnable", "sincos"):
             raise ValueError(
-                f"in_channels must be out_channels, or one more for the condition mask; got in_channels={in_channels} "
-                f"and out_channels={out_channels}"
+                f"extra_pos_embed_type must be None, 'learnable' or 'sincos', got {extra_pos_embed_type!r}"
             )
-        if extra_pos_embed_type not in (None, "learnable"):
-            raise ValueError(f"extra_pos_embed_type must be None or 'learnable', got {extra_pos_embed_type!r}")
         if any(size % patch for size, patch in zip(max_size, patch_size, strict=True)):
             raise ValueError(f"max_size {tuple(max_size)} must be a multiple of patch_size {tuple(patch_size)}")
         hidden_size = num_attention_heads * attention_head_dim
         patch_size = tuple(patch_size)
 
-        self.patch_embed = PatchEmbedding(in_channels + concat_padding_mask, hidden_size, patch_size)
+        self.condition_embed = self.action_embed = self.view_embed = None
+        if condition_vocab_size is not None:
+            self.condition_embed = nn.Embedding(condition_vocab_size, condition_channels)
+        if view_embed_dim:
+            self.view_embed = ViewEmbedding(num_views, view_embed_dim, frame_repeat_embed)
+        self.patch_embed = PatchEmbedding(in_channels + concat_padding_mask + view_embed_dim, hidden_size, patch_size)
         self.rope = RotaryEmbedding3D(attention_head_dim, rope_scale)
         self.learnable_pos_embed = None
         if extra_pos_embed_type == "learnable":
             tables = tuple(size // patch for size, patch in zip(max_size, patch_size, strict=True))
             self.learnable_pos_embed = LearnablePositionEmbedding(hidden_size, tables)
         self.time_embed = TimeEmbedding(hidden_size)
+        if action_dim is not None:
+            self.action_embed = ActionEmbedding(action_dim, hidden_size, action_form)
         self.transformer_blocks = nn.ModuleList(
             CosmosBlock(hidden_size, num_attention_heads, text_embed_dim, mlp_ratio, adaln_lora_dim)
             for _ in range(num_layers)
@@ -136,7 +185,19 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
     @property
     def takes_condition_mask(self) -> bool:
         """Whether `forward` needs a `condition_mask` (video-to-world) or refuses it (text-to-world)."""
-        return self.config.in_channels > self.config.out_channels
+        config = self.config
+        return config.in_channels > config.out_channels + config.camera_channels + config.condition_channels
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that `forward` needs; it refuses the other ones."""
+        needed = dict(
+            condition_mask=self.takes_condition_mask,
+            camera=self.config.camera_channels > 0,
+            condition=self.config.condition_channels > 0,
+            actions=self.config.action_dim is not None,
+        )
+        return tuple(name for name, need in needed.items() if need)
 
     @torch.no_grad()
     def _initialize(self):
@@ -147,6 +208,9 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         for module in self.modules():
             if isinstance(module, AdaptiveLayerNorm):
                 nn.init.zeros_(module.linear_2.weight)
+        if self.action_embed is not None:
+            self.action_embed.sinusoid.start_at_zero()
+            self.action_embed.offsets.start_at_zero()
         for linear in self.time_embed.t_embedder.children():
             nn.init.normal_(linear.weight, std=0.02)
         if self.learnable_pos_embed is not None:
@@ -164,20 +228,30 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         fps: float | torch.Tensor | None = None,
         condition_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
+        camera: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        frame_repeat: torch.Tensor | None = None,
+        num_views: int | None = None,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """One evaluation of the network.
 
         Args:
-            hidden_states: noisy latents [B, C, T, H, W], already times c_in.
-            timestep: c_noise = ln(sigma) / 4, a scalar or [B].
-            encoder_hidden_states: text [B, M, text_embed_dim]. All M positions are attended; the published models were
-                trained with zero vectors after the prompt's end and no mask.
+            hidden_states: noisy latents [B, C, T, H, W], already times c_in; the views one after the other along T.
+            timestep: c_noise = ln(sigma) / 4, a scalar, [B], or [B, T] where every latent frame has its own.
+            encoder_hidden_states: text [B, V * M, text_embed_dim], the views' texts one after the other. All positions are
+                attended; the published models were trained with zero vectors after the prompt's end and no mask.
             fps: pixel frames per second, one for the whole batch; None is 24.
             condition_mask: [B or 1, 1, T, H, W], 1 on the conditioning frames; needed by a video-to-world model.
             padding_mask: [B or 1, 1, height, width] at any resolution, 1 where the picture is padding; None is all zeros.
-            attention_mask: [B or 1, M], nonzero where text may be attended; None, as in the published models, is everywhere.
+            actions: [B, 1, action_dim], one for the clip, or [B, T, action_dim], one per latent frame.
+            camera: rays [B or 1, camera_channels, T, H, W].
+            condition: [B or 1, condition_channels, T, H, W], or token ids [B or 1, 1, T, H', W'], resized to H and W.
+            frame_repeat: [B or 1, V], a tenth of how often each view's frame repeats; None is zeros.
+            num_views: views in this call, the config's first ones; None is all of them.
+            attention_mask: [B or 1, V * M], nonzero where text may be attended; None, as in the published models, is everywhere.
             return_dict: False returns a tuple.
 
         Returns:
@@ -185,25 +259,36 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
 
         Raises:
             ValueError: inputs of a wrong shape, latents larger than `max_size` or no multiple of `patch_size`, a condition
-                that the model has no channel for or lacks, different fps within a batch.
+                that the model cannot use or lacks, different fps within a batch.
         """
-        batch, _, *size = self._check_latents(hidden_states)
-        text = self._check_text(encoder_hidden_states, batch)
-        mask = self._text_mask(attention_mask, text)
+        views = self._check_views(num_views)
+        batch, _, *size = self._check_latents(hidden_states, views)
+        text = self._split_text(encoder_hidden_states, batch, views)  # [B * V, M, text_embed_dim]
+        mask = self._text_mask(attention_mask, text, batch)
+        check_actions(self.config, actions, batch, size[0])
         dtype, device = self.time_embed.norm.weight.dtype, hidden_states.device
         patch = self.patch_embed.patch_size
         grid = tuple(s // p for s, p in zip(size, patch, strict=True))
 
         # 1. Conditions that are channels of the input
-        x = self._with_channels(hidden_states.to(dtype), condition_mask, padding_mask)  # [B, C + conditions, T, H, W]
+        x = with_condition_channels(
+            self, hidden_states.to(dtype), views, condition_mask, camera, condition, padding_mask, frame_repeat
+        )  # [B, C + conditions, T, H, W]
         x = self.patch_embed(x)  # [B, L, D]
 
-        # 2. Positions and noise level
-        rotary = self.rope(grid, single_fps(fps), device)
-        positions = None if self.learnable_pos_embed is None else self.learnable_pos_embed(grid).to(x.dtype)  # [L, D]
-        time, offsets = self.time_embed(self._check_timestep(timestep, batch, device), dtype)  # [B, D], [B, 3D]
+        # 2. Positions, which start again in every view
+        view_grid = (grid[0] // views, *grid[1:])
+        rotary = tuple(table.repeat(views, 1, 1) for table in self.rope(view_grid, single_fps(fps), device))
+        positions = self._extra_positions(view_grid, device)
+        if positions is not None:
+            positions = positions.to(x.dtype).repeat(views, 1)  # [L, D]
 
-        # 3. Blocks
+        # 3. Noise level and actions
+        action = (None, None) if actions is None else self.action_embed(actions.to(dtype))
+        timestep = self._check_timestep(timestep, batch, size[0], device)  # [B, F]
+        time, offsets = self.time_embed(timestep, dtype, action)  # [B, F, D], [B, F, 3D]
+
+        # 4. Blocks
         text = text.to(dtype)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -211,76 +296,80 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
             else:
                 x = block(x, text, time, offsets, rotary, positions, mask)  # [B, L, D]
 
-        # 4. Tokens to latents. A token's output lists row, column and frame in the patch, then channels: not the input's order
+        # 5. Tokens to latents. A token's output lists row, column and frame in the patch, then channels: not the input's order
         (x,) = self.norm_out(x, time, offsets)
         x = self.proj_out(x).view(batch, *grid, patch[1], patch[2], patch[0], -1)  # [B, T', H', W', p_h, p_w, p_t, C]
         x = x.permute(0, 7, 1, 6, 2, 4, 3, 5).reshape(batch, -1, *size)  # [B, C, T, H, W]
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    # ---- conditions and checks -------------------------------------------------------------------------------------
+    def _extra_positions(self, grid: tuple[int, int, int], device) -> torch.Tensor | None:
+        if self.config.extra_pos_embed_type == "sincos":
+            return sincos_positions(self.proj_out.in_features, grid, device)
+        return None if self.learnable_pos_embed is None else self.learnable_pos_embed(grid)
 
-    def _with_channels(self, latents, condition_mask, padding_mask) -> torch.Tensor:
-        """Latents with the condition mask's and the padding mask's channel behind them, in this order."""
-        batch, _, frames, height, width = latents.shape
-        channels = [latents]
-        if self.takes_condition_mask:
-            if condition_mask is None:
-                raise ValueError(
-                    "condition_mask is missing: this model was made for video-to-world (in_channels has a channel for it). "
-                    "Pass [B, 1, T, H, W], 1 on the conditioning frames, all 0 for none."
-                )
-            _check_shape("condition_mask", condition_mask, ((batch, 1), (1,), (frames,), (height,), (width,)))
-            channels.append(condition_mask.to(latents).expand(batch, -1, -1, -1, -1))
-        elif condition_mask is not None:
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_views(self, num_views: int | None) -> int:
+        if num_views is None:
+            return self.config.num_views
+        if not 1 <= num_views <= self.config.num_views:
             raise ValueError(
-                "this model takes no condition_mask: its in_channels has no channel for it (text-to-world)"
+                f"num_views must be between 1 and {self.config.num_views} (num_views in the config), got {num_views}"
             )
-        if self.config.concat_padding_mask:
-            if padding_mask is None:
-                padding_mask = latents.new_zeros(1, 1, height, width)
-            _check_shape("padding_mask", padding_mask, ((batch, 1), (1,), None, None))
-            # nearest takes source index floor(i * height_in / height)
-            padding_mask = F.interpolate(padding_mask.to(latents), size=(height, width), mode="nearest")
-            channels.append(padding_mask.unsqueeze(2).expand(batch, -1, frames, -1, -1))
-        elif padding_mask is not None:
-            raise ValueError("this model takes no padding_mask: concat_padding_mask is off in its config")
-        return torch.cat(channels, dim=1) if len(channels) > 1 else latents
+        return num_views
 
-    def _check_latents(self, latents: torch.Tensor) -> torch.Size:
+    def _check_latents(self, latents: torch.Tensor, views: int) -> torch.Size:
         if latents.ndim != 5 or latents.shape[1] != self.config.out_channels:
             raise ValueError(
                 f"hidden_states must be [B, {self.config.out_channels}, T, H, W], got {tuple(latents.shape)}"
             )
+        frames, *sides = latents.shape[2:]
+        if frames % views:
+            raise ValueError(f"the {frames} latent frames must be a multiple of the {views} views that they hold")
         for name, size, patch, largest in zip(
             ("latent frames", "latent height", "latent width"),
-            latents.shape[2:],
+            (frames // views, *sides),
             self.config.patch_size,
             self.config.max_size,
             strict=True,
         ):
+            name = f"{name} of a view" if views > 1 and name == "latent frames" else name
             if size == 0 or size % patch:
                 raise ValueError(f"{name} must be a positive multiple of {patch} (patch_size), got {size}")
             if size > largest:
                 raise ValueError(f"{name} must be at most {largest} (max_size in the config), got {size}")
         return latents.shape
 
-    def _check_text(self, text: torch.Tensor, batch: int) -> torch.Tensor:
-        _check_shape("encoder_hidden_states", text, ((batch,), None, (self.config.text_embed_dim,)))
-        return text
+    def _split_text(self, text: torch.Tensor, batch: int, views: int) -> torch.Tensor:
+        """[B, V * M, D] -> [B * V, M, D]."""
+        check_shape("encoder_hidden_states", text, ((batch,), None, (self.config.text_embed_dim,)))
+        if text.shape[1] % views:
+            raise ValueError(
+                f"encoder_hidden_states has {text.shape[1]} positions, which is no multiple of the {views} views: "
+                f"every view needs its own text of equal length"
+            )
+        return text.reshape(batch * views, -1, text.shape[-1])
 
     @staticmethod
-    def _text_mask(mask: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
+    def _text_mask(mask: torch.Tensor | None, text: torch.Tensor, batch: int) -> torch.Tensor | None:
+        """[B or 1, V * M] -> [B * V, 1, 1, M] for text [B * V, M, D]."""
         if mask is None:
             return None
-        _check_shape("attention_mask", mask, ((text.shape[0], 1), (text.shape[1],)))
-        return mask.to(text.device).bool()[:, None, None].expand(text.shape[0], -1, -1, -1)  # [B, 1, 1, M]
+        length = text.shape[1]
+        check_shape("attention_mask", mask, ((batch, 1), (len(text) // batch * length,)))
+        return mask.to(text.device).bool().expand(batch, -1).reshape(-1, 1, 1, length)
 
-    @staticmethod
-    def _check_timestep(timestep, batch: int, device) -> torch.Tensor:
+    def _check_timestep(self, timestep, batch: int, frames: int, device) -> torch.Tensor:
+        """A scalar, [1], [B] or [B, T] -> [B, 1] or [B, T]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device)
+        if timestep.ndim == 2 and timestep.shape == (batch, frames) and self.config.patch_size[0] == 1:
+            return timestep
         if timestep.shape not in ((), (1,), (batch,)):
-            raise ValueError(f"timestep must be a scalar or [{batch}] (one per sample), got {tuple(timestep.shape)}")
-        return timestep.expand(batch)
+            raise ValueError(
+                f"timestep must be a scalar, [{batch}] (one per sample) or [{batch}, {frames}] (one per latent frame, where "
+                f"patch_size is 1 along T), got {tuple(timestep.shape)}"
+            )
+        return timestep.expand(batch)[:, None]
 
 
 def single_fps(fps) -> float | None:
@@ -294,13 +383,3 @@ def single_fps(fps) -> float | None:
     if not 0 < value < float("inf"):
         raise ValueError(f"fps must be positive, got {value}")
     return value
-
-
-def _check_shape(name: str, tensor: torch.Tensor, allowed: tuple):
-    """`allowed` has, per axis, the legal sizes or None for any."""
-    fits = tensor.ndim == len(allowed) and all(
-        sizes is None or size in sizes for size, sizes in zip(tensor.shape, allowed, strict=True)
-    )
-    if not fits:
-        wanted = ["any" if s is None else " or ".join(map(str, dict.fromkeys(s))) for s in allowed]
-        raise ValueError(f"{name} must be [{', '.join(wanted)}], got {tuple(tensor.shape)}")

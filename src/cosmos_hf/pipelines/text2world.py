@@ -11,6 +11,7 @@ from .buckets import bucket_size
 from .denoise import denoise_latents
 from .encode import check_size, check_text, draw_noise, encode_prompts
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
+from .published_layout import translate_index
 from .sampling import Sampling
 
 
@@ -59,6 +60,14 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             max_sequence_length=max_sequence_length,
         )
         self.interrupt = False
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Also reads the index of a folder published for diffusers; `from_pretrained` then loads our classes from its files."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, tuple):
+            return translate_index(config[0]), *config[1:]
+        return translate_index(config)
 
     @torch.no_grad()
     def __call__(

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .diffusers_settings import from_diffusers_config
 from .exponential_solvers import SOLVERS, ExponentialSolver
 
 GRIDS = ("karras", "angle")
@@ -57,6 +58,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         p_mean, p_std: ln(sigma) of training is normal with these.
         scale_noise_by_frames: multiply training sigmas by sqrt(T) (the reference's `adjust_video_noise`).
         augment_p_mean, augment_p_std: the same as p_mean, p_std for the noise on given frames in training.
+        final_sigmas_type: "zero", or "sigma_min" to stop at the last level of the grid as diffusers' published settings do: the
+            last step then has no length, and its noise stays in the result.
     """
 
     order = 1
@@ -75,9 +78,12 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         augment_p_mean: float = -3.0,
         augment_p_std: float = 2.0,
         grid: str | None = None,
+        final_sigmas_type: str = "zero",
     ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}")
         self._check_choice(solver, grid)
         self.sigmas = self.timesteps = self.num_inference_steps = None
         self._step, self._run = 0, None
@@ -87,6 +93,11 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         for name, value, known in (("solver", solver, SOLVERS), ("grid", grid, GRIDS)):
             if value not in known and not (name == "grid" and value is None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+    @classmethod
+    def from_config(cls, config, **kwargs):
+        """As of every diffusers scheduler; a config of diffusers' `EDMEulerScheduler` gives the same samples."""
+        return super().from_config(from_diffusers_config(config), **kwargs)
 
     # ---- preconditioning -------------------------------------------------------------------------------------------
 
@@ -149,7 +160,8 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         grid = grid or SOLVERS[solver][2]
         self.num_inference_steps = num_inference_steps
         levels = self._levels(num_inference_steps + (solver == "res_2ab"), grid)
-        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
+        last = levels[-1:] if self.config.final_sigmas_type == "sigma_min" else levels.new_zeros(1)
+        self.sigmas = torch.cat([levels, last])
         self.timesteps = (levels.log() / 4).float().to(device)
         self._step, self._run = 0, ExponentialSolver(solver)
 
@@ -187,7 +199,12 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         sample = _at_least_float32(sample)
         denoised = denoised.to(sample.dtype)
         sigma, target = self.sigmas[self._step].item(), self.sigmas[self._step + 1].item()
-        new = denoised if target == 0 else self._run.step(sample, denoised, sigma, target)
+        if target == 0:
+            new = denoised
+        elif target == sigma:
+            new = sample
+        else:
+            new = self._run.step(sample, denoised, sigma, target)
         self._step += 1
         return CosmosEDMSchedulerOutput(prev_sample=new) if return_dict else (new,)
 

@@ -1,0 +1,259 @@
+"""Conditions of the diffusion transformer besides text (arXiv 2501.03575, sections 5.1.3, 6.1 to 6.3, and 5.2 for tokens).
+
+They enter by three doors: as channels beside the latents (given frames, camera rays, tokens, views), through the noise level's
+embedding (actions), or as a time axis that holds several views. All are off in a plain config.
+
+Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width, D width.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CAMERA_CHANNELS = 6  # a Plücker ray: moment and direction
+ACTION_FORMS = ("intended", "as_written")
+
+
+class ViewEmbedding(nn.Module):
+    """One learned vector per view, as constant channels; where the model has it, plus a linear map of how often a frame repeats."""
+
+    def __init__(self, num_views: int, channels: int, frame_repeat: bool):
+        super().__init__()
+        self.views = nn.Embedding(num_views, channels)
+        self.frame_repeat = nn.Linear(1, channels) if frame_repeat else None
+
+    def forward(self, num_views: int, frame_repeat: torch.Tensor | None) -> torch.Tensor:
+        """The first `num_views` views, [1, V, C]; with `frame_repeat` [B, V] it is [B, V, C]."""
+        vectors = self.views.weight[None, :num_views]
+        if self.frame_repeat is not None:
+            if frame_repeat is None:
+                frame_repeat = vectors.new_zeros(1, num_views)
+            vectors = vectors + self.frame_repeat(frame_repeat.to(vectors)[..., None])
+        return vectors
+
+
+class _ActionMLP(nn.Module):
+    """The last layer starts at zero: a model that is given actions for the first time is the model it was."""
+
+    def __init__(self, action_dim: int, hidden_size: int, out_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(action_dim, 4 * hidden_size)
+        self.linear_2 = nn.Linear(4 * hidden_size, out_size)
+        self.start_at_zero()
+
+    def start_at_zero(self):
+        for parameter in self.linear_2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, actions: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(actions), approximate="tanh"))
+
+
+class ActionEmbedding(nn.Module):
+    """Actions [B, F, action_dim] -> what is added to the noise level's sinusoid [B, F, D] and to the blocks' offsets [B, F, 3D].
+
+    In the published training code the first of the two is computed but never used; the form "as_written" does the same, which
+    a checkpoint of that code needs, and "intended" adds it.
+    """
+
+    def __init__(self, action_dim: int, hidden_size: int, form: str):
+        super().__init__()
+        self.form = form
+        self.sinusoid = _ActionMLP(action_dim, hidden_size, hidden_size)
+        self.offsets = _ActionMLP(action_dim, hidden_size, 3 * hidden_size)
+
+    def forward(self, actions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return self.sinusoid(actions) if self.form == "intended" else None, self.offsets(actions)
+
+
+def check_condition_config(config):
+    """Refuse a config whose conditions contradict each other or the channels of the input."""
+    extra = config.in_channels - config.out_channels - config.camera_channels - config.condition_channels
+    if extra not in (0, 1) or min(config.camera_channels, config.condition_channels) < 0:
+        raise ValueError(
+            f"in_channels must be out_channels + camera_channels + condition_channels, or one more for the condition mask; "
+            f"got in_channels={config.in_channels}, out_channels={config.out_channels}, "
+            f"camera_channels={config.camera_channels}, condition_channels={config.condition_channels}"
+        )
+    if config.condition_vocab_size is not None and not config.condition_channels:
+        raise ValueError("condition_vocab_size needs condition_channels, the width of a token's embedding")
+    if config.num_views < 1:
+        raise ValueError(f"num_views must be at least 1, got {config.num_views}")
+    if config.frame_repeat_embed and not config.view_embed_dim:
+        raise ValueError("frame_repeat_embed needs view_embed_dim: it is added to the views' vectors")
+    if config.action_dim is not None and config.action_dim < 1:
+        raise ValueError(f"action_dim must be None (no actions) or at least 1, got {config.action_dim}")
+    if config.action_form not in ACTION_FORMS:
+        raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {config.action_form!r}")
+
+
+# ---- channels beside the latents -----------------------------------------------------------------------------------
+
+
+def with_condition_channels(
+    model, latents: torch.Tensor, num_views: int, condition_mask, camera, condition, padding_mask, frame_repeat
+) -> torch.Tensor:
+    """Latents with the channels of the model's conditions behind them, in the order of the parameters.
+
+    Raises ValueError for a condition that the model lacks, cannot use, or that has a wrong shape.
+    """
+    config, (batch, _, frames, height, width) = model.config, latents.shape
+    batches, grid = (batch, 1), ((frames,), (height,), (width,))
+    channels = [latents]
+    if wanted("condition_mask", condition_mask, model.takes_condition_mask, MASK_HELP):
+        check_shape("condition_mask", condition_mask, (batches, (1,), *grid))
+        channels.append(condition_mask)
+    if wanted("camera", camera, config.camera_channels > 0, "camera_channels: the rays [B, 6, T, H, W]"):
+        check_shape("camera", camera, (batches, (config.camera_channels,), *grid))
+        channels.append(camera)
+    if wanted("condition", condition, config.condition_channels > 0, CONDITION_HELP):
+        channels.append(_condition_channels(model, condition, batches, grid))
+    if config.concat_padding_mask:
+        if padding_mask is None:
+            padding_mask = latents.new_zeros(1, 1, height, width)
+        check_shape("padding_mask", padding_mask, (batches, (1,), None, None))
+        # nearest takes source index floor(i * height_in / height)
+        padding_mask = F.interpolate(padding_mask.to(latents), size=(height, width), mode="nearest")
+        channels.append(padding_mask.unsqueeze(2).expand(-1, -1, frames, -1, -1))
+    elif padding_mask is not None:
+        raise ValueError("this model takes no padding_mask: concat_padding_mask is off in its config")
+    if frame_repeat is not None:
+        wanted("frame_repeat", frame_repeat, config.frame_repeat_embed, "")
+        check_shape("frame_repeat", frame_repeat, (batches, (num_views,)))
+    if model.view_embed is not None:
+        vectors = model.view_embed(num_views, frame_repeat).to(latents)  # [1 or B, V, C]
+        vectors = vectors.repeat_interleave(frames // num_views, dim=1).transpose(1, 2)  # [1 or B, C, T]
+        channels.append(vectors[..., None, None].expand(-1, -1, -1, height, width))
+    if len(channels) == 1:
+        return latents
+    return torch.cat([channel.to(latents).expand(batch, -1, -1, -1, -1) for channel in channels], dim=1)
+
+
+MASK_HELP = (
+    "in_channels (video-to-world): [B, 1, T, H, W], 1 on the conditioning frames, all 0 for none; "
+    "a text-to-world model has no such channel"
+)
+CONDITION_HELP = (
+    "condition_channels: [B, condition_channels, T, H, W], or with condition_vocab_size token ids [B, 1, T, H', W'] "
+    "(all ids 0: unconditional)"
+)
+
+
+def _condition_channels(model, condition: torch.Tensor, batches, grid) -> torch.Tensor:
+    """Real channels as they are, or token ids [B, 1, T, H', W'] embedded and resized bilinearly, frame by frame."""
+    config = model.config
+    if config.condition_vocab_size is None:
+        check_shape("condition", condition, (batches, (config.condition_channels,), *grid))
+        return condition
+    check_shape("condition", condition, (batches, (1,), grid[0], None, None))
+    if condition.is_floating_point():
+        raise ValueError(f"condition must be integer token ids, got {condition.dtype}")
+    if not torch.compiler.is_compiling() and not 0 <= condition.min() <= condition.max() < config.condition_vocab_size:
+        raise ValueError(
+            f"condition has token ids {condition.min().item()}..{condition.max().item()}, "
+            f"the model knows 0..{config.condition_vocab_size - 1} (condition_vocab_size)"
+        )
+    embedded = model.condition_embed(condition[:, 0].long())  # [B, T, H', W', C]
+    frames = embedded.flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, C, H', W']
+    frames = F.interpolate(frames, size=(grid[1][0], grid[2][0]), mode="bilinear", align_corners=False)
+    return frames.unflatten(0, embedded.shape[:2]).transpose(1, 2)  # [B, C, T, H, W]
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def wanted(name: str, given, needed: bool, description: str) -> bool:
+    """Whether the model has a use for a condition; ValueError where it is missing, or given without a use for it."""
+    if needed and given is None:
+        raise ValueError(f"{name} is missing: this model was made for it by {description}")
+    if not needed and given is not None:
+        raise ValueError(f"this model takes no {name}: its config has no place for it")
+    return needed
+
+
+def check_actions(config, actions: torch.Tensor | None, batch: int, frames: int):
+    """Actions are [B, 1, action_dim] (one for the clip) or [B, T, action_dim] (one per latent frame)."""
+    if wanted("actions", actions, config.action_dim is not None, "action_dim: [B, 1 or T, action_dim]"):
+        one = (1,) if config.action_form == "as_written" or config.patch_size[0] > 1 else (1, frames)
+        check_shape("actions", actions, ((batch, 1), one, (config.action_dim,)))
+
+
+def check_shape(name: str, tensor: torch.Tensor, allowed: tuple):
+    """`allowed` has, per axis, the legal sizes or None for any."""
+    fits = tensor.ndim == len(allowed) and all(
+        sizes is None or size in sizes for size, sizes in zip(tensor.shape, allowed, strict=True)
+    )
+    if not fits:
+        wanted_sizes = ["any" if s is None else " or ".join(map(str, dict.fromkeys(s))) for s in allowed]
+        raise ValueError(f"{name} must be [{', '.join(wanted_sizes)}], got {tuple(tensor.shape)}")
+
+
+# ---- a base model with further conditions --------------------------------------------------------------------------
+
+
+def add_conditions(base, **changes):
+    """A model with the weights of `base` and the conditions that `changes` adds to its config; at first it computes the same.
+
+    `in_channels` follows from the channels that are added, and `condition_mask=True` adds the channel of given frames. The new
+    columns of the first layer and the last layers of new MLPs are zero, so the output equals the base's for whatever the new
+    conditions are: to the bit where the layers' matrix products have the same rows as before, and within rounding where actions
+    differ from frame to frame. Several views are the base's output only for one view (`num_views=1` in the call).
+
+    Raises ValueError for a change that is no condition, or that would take one away.
+    """
+    fields = inspect.signature(type(base).__init__).parameters  # a config may hold more, from a folder of diffusers
+    old = {name: base.config[name] for name in fields if name != "self"}
+    allowed = ("camera_channels", "condition_channels", "condition_vocab_size", "num_views", "view_embed_dim")
+    allowed += ("frame_repeat_embed", "action_dim", "action_form")
+    add_mask = changes.pop("condition_mask", False)
+    if unknown := sorted(changes.keys() - set(allowed)):
+        raise ValueError(
+            f"{', '.join(unknown)} cannot be added to a model; conditions are condition_mask, {', '.join(allowed)}"
+        )
+    if add_mask and base.takes_condition_mask:
+        raise ValueError("this model takes a condition_mask already")
+    new = {**old, **changes}
+    for name in changes:
+        if name != "action_form" and old[name] not in (None, 0, 1, False) and new[name] != old[name]:
+            raise ValueError(f"{name} is {old[name]} in this model and cannot become {new[name]}")
+    added = sum(new[name] - old[name] for name in ("camera_channels", "condition_channels"))
+    new["in_channels"] = old["in_channels"] + added + bool(add_mask)
+    model = type(base)(**new)
+    weights = {key: value.clone() for key, value in base.state_dict().items()}
+    first = "patch_embed.proj.weight"
+    weights[first] = _spread_columns(weights[first], _channel_groups(base.config), _channel_groups(model.config))
+    missing, unexpected = model.load_state_dict(
+        weights, strict=False, assign=True
+    )  # assign: each tensor keeps its dtype
+    strange = [key for key in missing if key.split(".")[0] not in ("view_embed", "action_embed", "condition_embed")]
+    if strange or unexpected:
+        raise ValueError(f"the base does not fit: missing {strange}, unknown {unexpected}")
+    for name in {key.split(".")[0] for key in missing}:
+        getattr(model, name).to(weights[first].device, weights[first].dtype)
+    return model.train(base.training)
+
+
+def _channel_groups(config) -> dict[str, int]:
+    """Channels of the first layer by what they hold, in order."""
+    mask = config.in_channels - config.out_channels - config.camera_channels - config.condition_channels
+    return dict(
+        latents=config.out_channels,
+        condition_mask=mask,
+        camera=config.camera_channels,
+        condition=config.condition_channels,
+        padding_mask=int(config.concat_padding_mask),
+        views=config.view_embed_dim,
+    )
+
+
+def _spread_columns(weight: torch.Tensor, old: dict[str, int], new: dict[str, int]) -> torch.Tensor:
+    """The first layer's weight [D, channels * patch volume] with zero columns where `new` has channels that `old` lacks."""
+    volume = weight.shape[1] // sum(old.values())
+    parts = weight.split([count * volume for count in old.values()], dim=1)
+    columns = [
+        part if old[name] == new[name] else weight.new_zeros(len(weight), new[name] * volume)
+        for name, part in zip(old, parts, strict=True)
+    ]
+    return torch.cat(columns, dim=1)

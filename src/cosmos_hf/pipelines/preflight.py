@@ -1,0 +1,187 @@
+"""Preflight: does a folder hold what it says, do its parts fit each other, and do they compute what they did when it was made?
+
+    from cosmos_hf import preflight
+
+    print(preflight("path/to/pipeline"))
+
+A training that "succeeds" and a conversion that loses a tensor both end in a folder that loads; what they have in common is that
+nobody looked. This looks, and says in words what is wrong.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .component_checks import CHECKS, PROBES, check_fit
+
+RECORD = "preflight.json"
+# Largest difference to the recorded outputs, in standard deviations of each: rounding of other hardware, or of half precision.
+_TOLERANCE = {"torch.float32": 2e-3}
+_HALF_TOLERANCE = 0.1
+
+
+class PreflightError(ValueError):
+    """What is wrong, one problem a line."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass
+class PreflightReport:
+    """`facts`: what was found, one line each. `outputs`: a few values of each part's output for fixed inputs, and their dtype."""
+
+    facts: list[str] = field(default_factory=list)
+    outputs: dict[str, dict] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(self.facts)
+
+
+@torch.no_grad()
+def preflight(pipeline_or_folder, *, record: bool = False, **options) -> PreflightReport:
+    """Load strictly, check every part and how they fit, run each once on a small fixed input, compare with the record.
+
+    Args:
+        pipeline_or_folder: a pipeline, or the folder of a pipeline or of one part, in our layout or the one published for
+            diffusers.
+        record: write the outputs into the folder (`preflight.json`) for later runs to compare with, in place of comparing.
+        options: for `from_pretrained`, for example `torch_dtype`.
+
+    Raises:
+        PreflightError: a ValueError that names everything that is wrong.
+    """
+    folder = None
+    if isinstance(pipeline_or_folder, str | Path):
+        folder = Path(pipeline_or_folder)
+        pipeline, parts = _load(folder, options)
+    else:
+        pipeline, parts = pipeline_or_folder, _parts(pipeline_or_folder)
+        if record or options:
+            raise ValueError("record and loading options need a folder, not a pipeline")
+    report, problems = PreflightReport(), []
+    for name, part in parts.items():
+        for check in CHECKS:
+            check(name, part, report.facts, problems)
+    if pipeline is not None:
+        check_fit(pipeline, folder is None or _has_settings(folder), report.facts, problems)
+    if not problems:  # a part that does not fit fails in ways that say less
+        _run(parts, pipeline, report, problems)
+    if folder is not None and not problems:
+        if record:
+            (folder / RECORD).write_text(json.dumps(_made_by() | {"outputs": report.outputs}, indent=1) + "\n")
+            report.facts.append(f"outputs recorded in {RECORD}")
+        elif (folder / RECORD).exists():
+            _compare(json.loads((folder / RECORD).read_text()), report, problems)
+    if problems:
+        raise PreflightError(problems)
+    return report
+
+
+def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
+    """(pipeline or None, its parts), strictly; PreflightError where the folder does not load."""
+    try:
+        if (folder / "model_index.json").exists():
+            index = json.loads((folder / "model_index.json").read_text())
+            pipeline = _pipeline_class(index["_class_name"]).from_pretrained(folder, **options)
+            return pipeline, _parts(pipeline)
+        if (folder / "config.json").exists():
+            class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+            name, cls = _component_class(class_name)
+            return None, {name: cls.from_pretrained(folder, **options)}
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise PreflightError([f"{folder} does not load: {error}"]) from error
+    raise PreflightError(
+        [f"{folder} has neither a model_index.json (a pipeline) nor a config.json (one of its parts)"]
+    )
+
+
+def _has_settings(folder: Path) -> bool:
+    return "num_frames" in json.loads((folder / "model_index.json").read_text())
+
+
+def _pipeline_class(class_name: str):
+    from .text2world import CosmosText2WorldPipeline
+    from .video2world import CosmosVideo2WorldPipeline
+
+    known = {cls.__name__: cls for cls in (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline)}
+    known |= {
+        "CosmosTextToWorldPipeline": CosmosText2WorldPipeline,  # as published for diffusers
+        "CosmosVideoToWorldPipeline": CosmosVideo2WorldPipeline,
+    }
+    if class_name not in known:
+        raise ValueError(f"its index names the pipeline {class_name}; there is a preflight for {', '.join(known)}")
+    return known[class_name]
+
+
+def _component_class(class_name: str):
+    from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+    from ..models.transformer_cosmos import CosmosWorldTransformer3D
+
+    known = {
+        "CosmosWorldTransformer3D": ("transformer", CosmosWorldTransformer3D),
+        "CosmosTransformer3DModel": ("transformer", CosmosWorldTransformer3D),
+        "CosmosVideoTokenizer": ("vae", CosmosVideoTokenizer),
+        "AutoencoderKLCosmos": ("vae", CosmosVideoTokenizer),
+    }
+    if class_name not in known:
+        raise ValueError(f"its config names the class {class_name}; there is a preflight for {', '.join(known)}")
+    return known[class_name]
+
+
+def _parts(pipeline) -> dict:
+    return {name: part for name, part in pipeline.components.items() if part is not None}
+
+
+def _run(parts: dict, pipeline, report: PreflightReport, problems: list[str]):
+    """One small forward of every part; outputs that are not finite or say nothing are problems."""
+    for name, probe in PROBES.items():
+        if name not in parts:
+            continue
+        try:
+            output = probe(parts, pipeline)
+        except (ValueError, RuntimeError, IndexError) as error:
+            problems.append(f"{name} fails on a small input: {error}")
+            continue
+        if output is None:
+            continue
+        output = output.detach().float().cpu().flatten()
+        if not output.isfinite().all():
+            problems.append(f"{name} computes values that are not finite")
+        elif output.std() == 0:
+            problems.append(f"{name} computes the same value everywhere: it is untrained, or its last layer was lost")
+        else:
+            places = torch.linspace(0, len(output) - 1, 12).long()
+            report.outputs[name] = dict(
+                dtype=str(getattr(parts[name], "dtype", torch.float32)),
+                std=output.std().item(),
+                values=[round(value, 6) for value in output[places].tolist()],
+            )
+
+
+def _compare(record: dict, report: PreflightReport, problems: list[str]):
+    recorded = record["outputs"]
+    if missing := sorted(recorded.keys() - report.outputs.keys()):
+        problems.append(f"{RECORD} has outputs of {', '.join(missing)}, which the folder lacks")
+    for name in sorted(recorded.keys() & report.outputs.keys()):
+        before, now = recorded[name], report.outputs[name]
+        tolerance = max(_TOLERANCE.get(each["dtype"], _HALF_TOLERANCE) for each in (before, now))
+        differences = [abs(a - b) / before["std"] for a, b in zip(before["values"], now["values"], strict=True)]
+        if max(differences) > tolerance:
+            problems.append(
+                f"{name} does not compute what it did when the folder was made: off by {max(differences):.2g} standard "
+                f"deviations, {tolerance:g} is allowed. Its weights or its config were changed or damaged"
+            )
+    if not problems:
+        report.facts.append(f"all outputs equal those recorded by cosmos-hf {record['versions']['cosmos-hf']}")
+
+
+def _made_by() -> dict:
+    names = ("cosmos-hf", "torch", "diffusers", "transformers")
+    return {"versions": {name: version(name) for name in names} | {"python": platform.python_version()}}

@@ -1,0 +1,155 @@
+"""The layout that is published for diffusers' Cosmos-1 pipelines: its index names diffusers' classes, ours read the same files."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import __version__ as diffusers_version
+from safetensors import safe_open
+
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.diffusers_layout import save_for_diffusers as save_tokenizer
+from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from ..schedulers.diffusers_settings import DIFFUSERS_CLASS as DIFFUSERS_SCHEDULER
+from ..schedulers.diffusers_settings import to_diffusers_config
+from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+
+logger = logging.getLogger(__name__)
+
+# (diffusers' class, our module and class), by component.
+_CLASSES = {
+    "transformer": ("CosmosTransformer3DModel", "cosmos_hf.models.transformer_cosmos", "CosmosWorldTransformer3D"),
+    "vae": ("AutoencoderKLCosmos", "cosmos_hf.models.autoencoder_cosmos", "CosmosVideoTokenizer"),
+    "scheduler": (DIFFUSERS_SCHEDULER, "cosmos_hf.schedulers.scheduling_edm_cosmos", "CosmosEDMScheduler"),
+}
+# Parts of the published folders that are no components of our pipelines.
+_LEFT_OUT = ("safety_checker",)
+# Config fields of our transformer that diffusers' class lacks; it computes the same only where they are off.
+_ONLY_OURS = dict(
+    camera_channels=0,
+    condition_channels=0,
+    condition_vocab_size=None,
+    action_dim=None,
+    action_form=None,  # of no effect without action_dim
+    num_views=1,
+    view_embed_dim=0,
+    frame_repeat_embed=False,
+)
+
+
+def translate_index(index: dict) -> dict:
+    """An index (`model_index.json`) that names diffusers' classes -> one that names ours; any other index as it is.
+
+    Raises ValueError where a component is of another class of diffusers: not a Cosmos-1 folder.
+    """
+    index = dict(index)
+    for name, (theirs, module, ours) in _CLASSES.items():
+        library, class_name = index.get(name) or (None, None)
+        if library != "diffusers":
+            continue
+        if class_name != theirs:
+            raise ValueError(
+                f"the index names {class_name} as {name}; the Cosmos-1 pipelines read diffusers' {theirs} or our own {ours}"
+            )
+        index[name] = [module, ours]
+    for name in _LEFT_OUT:
+        if index.pop(name, [None])[0] is not None:
+            logger.info("the folder's %s is not a component of this pipeline and is not loaded", name)
+    return index
+
+
+def export_for_diffusers(source: str | Path, target: str | Path):
+    """A pipeline's folder -> one that diffusers' `CosmosTextToWorldPipeline` or `CosmosVideoToWorldPipeline` reads.
+
+    Weights are copied file by file, bit for bit; only the tokenizer, whose keys differ, is read into memory. The settings of
+    calls (size, frames, steps, ...) have no place there and are left out.
+    Raises ValueError where diffusers' classes cannot compute what the parts do.
+    """
+    from diffusers import EDMEulerScheduler  # here, since importing diffusers' pipelines costs seconds
+
+    source, target = Path(source), Path(target)
+    index = _read_index(source)
+    config = _transformer_config(source)
+    theirs = {"_class_name": _CLASSES["transformer"][0], "_diffusers_version": diffusers_version}
+    theirs |= transformer_config_to_diffusers(config)
+    _copy(source / "transformer", target / "transformer")
+    _write_json(target / "transformer" / "config.json", theirs)
+    tokenizer = CosmosVideoTokenizer.from_pretrained(source / "vae")
+    save_tokenizer(tokenizer.to(_stored_dtype(source / "vae")), target / "vae")
+    scheduler = CosmosEDMScheduler.from_pretrained(source / "scheduler")
+    EDMEulerScheduler(**to_diffusers_config(scheduler.config)).save_pretrained(target / "scheduler")
+    for name in ("text_encoder", "tokenizer"):
+        _copy(source / name, target / name)
+    masked = config["in_channels"] > config["out_channels"]
+    _write_json(
+        target / "model_index.json",
+        {
+            "_class_name": "CosmosVideoToWorldPipeline" if masked else "CosmosTextToWorldPipeline",
+            "_diffusers_version": diffusers_version,
+            "safety_checker": [None, None],
+            "text_encoder": index["text_encoder"],
+            "tokenizer": index["tokenizer"],
+            **{name: ["diffusers", names[0]] for name, names in _CLASSES.items()},
+        },
+    )
+
+
+def complete_pipeline(base: str | Path, folder: str | Path):
+    """Copy all parts but the transformer from a pipeline's folder, in either layout, to one that has a `transformer` only."""
+    base, folder = Path(base), Path(folder)
+    index = _read_index(base)
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None and name != "transformer":
+            _copy(base / name, folder / name)
+    with torch.device("meta"):
+        masked = CosmosWorldTransformer3D.from_config(_transformer_config(folder)).takes_condition_mask
+    index["transformer"] = list(_CLASSES["transformer"][1:])
+    index["_class_name"] = "CosmosVideo2WorldPipeline" if masked else "CosmosText2WorldPipeline"
+    index.pop("_name_or_path", None)
+    _write_json(folder / "model_index.json", index)
+
+
+def _read_index(folder: Path) -> dict:
+    if not (folder / "model_index.json").exists():
+        raise ValueError(f"{folder} is no pipeline's folder: it has no model_index.json")
+    return translate_index(json.loads((folder / "model_index.json").read_text()))
+
+
+def _transformer_config(folder: Path) -> dict:
+    """With every field, whichever version wrote it."""
+    with torch.device("meta"):
+        model = CosmosWorldTransformer3D.from_config(CosmosWorldTransformer3D.load_config(folder / "transformer"))
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def _write_json(file: Path, values: dict):
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _copy(source: Path, target: Path):
+    if not source.is_dir():
+        raise ValueError(f"{source} is not there, but the folder's model_index.json names it")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def transformer_config_to_diffusers(config) -> dict:
+    """Arguments of diffusers' class for a `CosmosWorldTransformer3D`'s config; ValueError where it lacks the mechanism."""
+    config = dict(config)
+    for name, off in _ONLY_OURS.items():
+        value = config.pop(name)
+        if name != "action_form" and value != off:
+            raise ValueError(
+                f"diffusers' CosmosTransformer3DModel has no {name} (this model: {value}): it cannot hold this model"
+            )
+    if config["extra_pos_embed_type"] == "sincos":
+        raise ValueError(
+            "diffusers' CosmosTransformer3DModel has no extra_pos_embed_type='sincos': it cannot hold this model"
+        )
+    return config
