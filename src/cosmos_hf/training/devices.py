@@ -1,0 +1,101 @@
+"""One process, DDP, FSDP2 or DeepSpeed ZeRO: what the loops need to know of how the weights lie on the devices.
+
+Which of them it is, is said at launch (`accelerate launch --config_file training/launch/fsdp2.yaml ...`); the precision is
+said by the run's config. The rules of precision are the same everywhere: weights, their average, gradients' sums across
+processes and the optimizer's state are float32, and the network's matrix products run in bf16 or fp16 under autocast.
+"""
+
+import copy
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from .config import RunConfig
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """The Accelerator of a run. Raises ValueError for fp16 on a processor, which accelerate would train in float32 unsaid."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    on_processor = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+    handlers = []
+    if deepspeed and on_processor:
+        # Without a backend DeepSpeed takes every process for a world of its own.
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        # DeepSpeed's own bf16 and fp16 would cast the weights; its torch_autocast (below) does not.
+        mixed_precision="no" if deepspeed else config.mixed_precision,
+        gradient_accumulation_steps=1,  # counted in the loop, since accelerate also steps at the end of an epoch
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=handlers,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision: fp16 needs a GPU; on a processor take bf16 or no")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_clipping"] = config.clip_norm
+        # Small parameters that stay whole would be missed by the average, which follows each process's part.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if config.mixed_precision != "no":
+            dtype = str(AUTOCAST[config.mixed_precision]).removeprefix("torch.")
+            settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if accelerator.is_fsdp2 and config.mixed_precision != "no":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Weights travel in 16 bits, gradients are summed in 32; inputs stay as they are (a noise level must), for autocast.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=AUTOCAST[config.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process's model may hold a part of the weights only."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that this process updates: ZeRO-3's flat shard, FSDP2's DTensor, else the parameter itself."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def reshard(model: nn.Module):
+    """FSDP2 leaves the outermost module's weights whole after a forward pass without a backward one: take them apart again."""
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
+            module.reshard()
+
+
+def gradient_norm(accelerator: Accelerator, parameters, clip_norm: float) -> torch.Tensor:
+    """Clip the gradients and return their norm over all processes. Under DeepSpeed, whose `backward` steps, it is past."""
+    norm = accelerator.clip_grad_norm_(parameters, clip_norm)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    return torch.as_tensor(0.0 if norm is None else norm).detach()
+
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters take no memory, taken before they are sharded (see `full_copy`)."""
+    stand_ins = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, stand_ins)
+
+
+def full_copy(accelerator: Accelerator, model: nn.Module, plan: nn.Module) -> nn.Module | None:
+    """Gather the weights of a sharded model into a whole one on the CPU: the main process gets it, the others None.
+
+    All processes must call it. `plan` is the `blueprint` of the model.
+    """
+    state = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return None
+    whole = copy.deepcopy(plan)
+    kinds = {name: tensor.dtype for name, tensor in plan.state_dict().items()}
+    whole.load_state_dict({name: state[name].cpu().to(kind) for name, kind in kinds.items()}, assign=True)
+    return whole.cpu()

@@ -1,0 +1,89 @@
+"""A tiny tokenizer and a tiny world model trained by `fit`; also run as a program, by two processes under DDP, FSDP2 or ZeRO.
+
+    torchrun --nproc_per_node 2 tests/scale_problem.py FOLDER DISTRIBUTED_TYPE
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.training.config import TokenizerConfig
+from cosmos_hf.training.loop import fit
+from cosmos_hf.training.losses import ReconstructionLoss
+from cosmos_hf.training.tokenizer import export
+
+SETTINGS = dict(
+    data=["memory"],
+    l2_weight=1.0,
+    learning_rate=2e-3,
+    warmup_steps=1,
+    weight_decay=0.01,
+    log_every=1,
+    checkpoint_every=2,
+    progress=False,
+)
+
+
+class Videos(Dataset):
+    """Moving gratings, a function of the index."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        number, _ = index
+        t, y, x = torch.meshgrid(torch.arange(5), torch.arange(16), torch.arange(16), indexing="ij")
+        wave = torch.sin((x * (1 + number % 3) + y + t * number) / 4)
+        return {"video": ((wave + 1) * 100).to(torch.uint8).expand(3, -1, -1, -1)}
+
+
+def collate(samples):
+    return {"video": torch.stack([sample["video"] for sample in samples])}
+
+
+def mean_brightness(model):
+    """A validation figure: through `forward`, as sharded weights need it."""
+    with torch.no_grad():
+        return {"brightness": float(model(torch.zeros(1, 3, 5, 16, 16)).sample.mean())}
+
+
+def run(folder, **settings):
+    """Train; returns the losses and norms of each step, as logged."""
+    torch.manual_seed(0)
+    model = CosmosVideoTokenizer(**PRESETS["tiny"])
+    config = TokenizerConfig(output_dir=str(folder), **(SETTINGS | settings))
+    fit(model, ReconstructionLoss(config), Videos(), config, collate, export, mean_brightness)
+    return read_log(folder)
+
+
+def read_log(folder) -> list[tuple]:
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def pretend_gpus():
+    """accelerate does not take processors for FSDP: it would run DDP unsaid. The collectives themselves are gloo's."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    root, kind = Path(sys.argv[1]), sys.argv[2]
+    if kind == "FSDP":
+        pretend_gpus()
+    train = partial(run, batch_size=1, gradient_accumulation=2)
+    train(root / "straight", max_steps=4)
+    train(root / "cut", max_steps=2)
+    train(root / "cut", max_steps=4)
+
+    from accelerate.state import AcceleratorState
+
+    assert AcceleratorState().distributed_type.value == kind, AcceleratorState().distributed_type
