@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
+    "CosmosImageTokenizer": "models.autoencoder_cosmos_image",
     "CosmosText2WorldPipeline": "pipelines.text2world",
     "CosmosVideo2WorldPipeline": "pipelines.video2world",
     "CosmosVideoTokenizer": "models.autoencoder_cosmos",

@@ -10,9 +10,14 @@ from cosmos_hf.models.quantizers import FiniteScalarQuantizer
 from cosmos_hf.models.video_layers import haar_patch, haar_unpatch
 from golden_files import FULL, golden, golden_json, weights
 
-CORE = ("cv8x8x8_p4", "cv4x8x8_p2")
-NAMES = sorted(p.stem for p in (FULL / "tokenizers").glob("[cd]v*")) if FULL else CORE
-NAMES = [*NAMES, *sorted(p.stem for p in (FULL / "tokenizers").glob("v01_*"))] if FULL else NAMES
+CORE = ("cv8x8x8_p4", "cv4x8x8_p2", "ci16x16_p4", "di8x8_p4")
+NAMES = CORE
+if FULL:
+    NAMES = sorted(
+        p.stem
+        for pattern in ("[cd]v*", "[cd]i*", "v01_*")
+        for p in (FULL / "tokenizers").glob(pattern + ".safetensors")
+    )
 
 
 def load(name):

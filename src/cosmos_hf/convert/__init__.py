@@ -1,6 +1,11 @@
 """Published checkpoints of the reference implementation to our classes."""
 
-_TOKENIZERS = ("CausalContinuousVideoTokenizer", "CausalDiscreteVideoTokenizer")
+_TOKENIZERS = (
+    "CausalContinuousVideoTokenizer",
+    "CausalDiscreteVideoTokenizer",
+    "ContinuousImageTokenizer",
+    "DiscreteImageTokenizer",
+)
 _TRANSFORMERS = ("GeneralDIT", "VideoExtendGeneralDIT")
 
 

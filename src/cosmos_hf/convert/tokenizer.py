@@ -1,4 +1,4 @@
-"""Video tokenizers of the reference (`Causal{Continuous,Discrete}VideoTokenizer`) to `CosmosVideoTokenizer`."""
+"""Tokenizers of the reference to `CosmosVideoTokenizer` and `CosmosImageTokenizer`: constructor arguments and keys."""
 
 import logging
 import re
@@ -6,6 +6,7 @@ import re
 import torch
 
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.autoencoder_cosmos_image import CosmosImageTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -14,66 +15,84 @@ _SAME = (
     *("in_channels", "out_channels", "channels", "channels_mult", "num_res_blocks", "patch_size", "z_channels"),
     *("spatial_compression", "temporal_compression", "attn_resolutions", "resolution"),
 )
-# Arguments that must have this value, since the class knows no other; None stands for "ignored".
+# Arguments that must have this value, since the classes know no other; None stands for "ignored".
 _FIXED = {
     "dropout": None,
     "name": None,
     "formulation": "AE",
-    "encoder": "FACTORIZED",
-    "decoder": "FACTORIZED",
     "patch_method": "haar",
     "z_factor": 1,
-    "num_groups": 1,
-    "legacy_mode": False,
     "persistent_quantizer": None,
 }
+_FIXED_VIDEO = _FIXED | {"encoder": "FACTORIZED", "decoder": "FACTORIZED", "num_groups": 1, "legacy_mode": False}
+# num_quantizers belongs to residual quantisers, which no released model has; the reference hands it to FSQ, too.
+_FIXED_IMAGE = _FIXED | {"encoder": "Default", "decoder": "Default", "num_quantizers": None}
 # A 0.1 file carries resampling convolutions of levels that do not resample; they were never used.
 _UNUSED = re.compile(r"(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv[123]\.conv3d\.(weight|bias)")
 
 
-def load_original_tokenizer(class_name: str, config: dict, state_dict: dict) -> CosmosVideoTokenizer:
+def load_original_tokenizer(
+    class_name: str, config: dict, state_dict: dict
+) -> CosmosVideoTokenizer | CosmosImageTokenizer:
     """The reference's constructor arguments and state dict -> our model, float32, in eval mode.
 
     Raises ValueError for an argument or a key that is not understood, a missing key, or a buffer of unexpected value.
     """
-    model = CosmosVideoTokenizer(**tokenizer_config(class_name, config, state_dict))
+    model = tokenizer_class(class_name)(**tokenizer_config(class_name, config, state_dict))
     model.load_state_dict(convert_tokenizer_keys(state_dict, model), strict=True)
     return model.float().eval()
 
 
+def tokenizer_class(class_name: str) -> type[CosmosVideoTokenizer] | type[CosmosImageTokenizer]:
+    """Our class for the reference's."""
+    return CosmosImageTokenizer if "Image" in class_name else CosmosVideoTokenizer
+
+
 def tokenizer_config(class_name: str, config: dict, state_dict: dict) -> dict:
-    """Constructor arguments of `CosmosVideoTokenizer` for those of the reference."""
-    config = dict(config)
+    """Constructor arguments of our class for those of the reference."""
+    config, image = dict(config), "Image" in class_name
     ours = {key: config.pop(key) for key in _SAME if key in config}
-    discrete = "Discrete" in class_name
-    if discrete:
-        quantizer = config.pop("quantizer", "FSQ")
-        if quantizer != "FSQ":
-            raise ValueError(f"quantizer {quantizer!r} of {class_name} is not supported: only FSQ was released")
-        ours |= dict(quantizer="fsq", fsq_levels=tuple(config.pop("levels")))
-        ours["latent_channels"] = config.pop("embedding_dim")
-    else:
-        ours["latent_channels"] = config.pop("latent_channels")
+    try:
+        if "Discrete" in class_name:
+            quantizer = config.pop("quantizer", "FSQ")
+            if quantizer != "FSQ":
+                raise ValueError(f"quantizer {quantizer!r} of {class_name} is not supported: only FSQ was released")
+            ours |= dict(quantizer="fsq", fsq_levels=tuple(config.pop("levels")))
+            ours["latent_channels"] = config.pop("embedding_dim")
+        else:
+            ours["latent_channels"] = config.pop("latent_channels")
+    except KeyError as error:
+        raise ValueError(f"{class_name} argument {error.args[0]} is missing") from None
+    fixed = _FIXED_IMAGE if image else _FIXED_VIDEO
     for key, value in config.items():
-        if key not in _FIXED:
+        if key not in fixed:
             raise ValueError(f"{class_name} argument {key}={value!r} is not known to the converter")
-        if _FIXED[key] is not None and value != _FIXED[key]:
+        if fixed[key] is not None and value != fixed[key]:
             raise ValueError(
-                f"{class_name} argument {key}={value!r} is not supported, only {_FIXED[key]!r} was released"
+                f"{class_name} argument {key}={value!r} is not supported, only {fixed[key]!r} was released"
             )
-    # The 0.1 release builds a decoder with other factors than its encoder where the temporal compression is 4.
-    widths = {
-        int(match[1]): tensor.shape[0] // ours["channels"]
-        for key, tensor in state_dict.items()
-        if (match := re.fullmatch(r"decoder\.up\.(\d+)\.block\.0\.conv1\.0\.conv3d\.weight", key))
-    }
-    mult = tuple(widths[i] for i in sorted(widths))
+    mult = decoder_factors(state_dict, ours["channels"])
     if mult and mult != tuple(ours["channels_mult"]):
+        if image:
+            raise ValueError(
+                f"the decoder's widths are {mult} times {ours['channels']}, the config wants {ours['channels_mult']}"
+            )
         ours["decoder_channels_mult"] = mult
     return ours
 
 
-def convert_tokenizer_keys(state_dict: dict, model: CosmosVideoTokenizer) -> dict:
+def decoder_factors(state_dict: dict, channels: int) -> tuple[int, ...]:
+    """Widths of the decoder's levels as factors of `channels`; the 0.1 release has fewer levels there than in its encoder
+    where the temporal compression is 4."""
+    widths = {
+        int(match[1]): tensor.shape[0] // channels
+        for key, tensor in state_dict.items()
+        if (match := re.fullmatch(r"decoder\.up\.(\d+)\.block\.0\.conv1\.(?:0\.conv3d\.)?weight", key))
+    }
+    return tuple(widths[i] for i in sorted(widths))
+
+
+def convert_tokenizer_keys(state_dict: dict, model: CosmosVideoTokenizer | CosmosImageTokenizer) -> dict:
     """The reference's keys -> ours; checked buffers and the unused convolutions of 0.1 files are dropped.
 
     Raises ValueError naming every key that neither the model nor the list of known buffers has, and every one missing.
@@ -99,10 +118,10 @@ def convert_tokenizer_keys(state_dict: dict, model: CosmosVideoTokenizer) -> dic
     return converted
 
 
-def _is_buffer(key: str, tensor: torch.Tensor, model: CosmosVideoTokenizer) -> bool:
+def _is_buffer(key: str, tensor: torch.Tensor, model: CosmosVideoTokenizer | CosmosImageTokenizer) -> bool:
     """Whether the key is a constant that we do not store; another value would mean another architecture."""
     name = key.rsplit(".", 1)[-1]
-    if re.search(r"(un)?patcher3d\.", key) and name in ("wavelets", "_arange", "patch_size_buffer"):
+    if re.search(r"(^|\.)(un)?patcher(3d)?\.", key) and name in ("wavelets", "_arange", "patch_size_buffer"):
         constants = {
             "wavelets": [0.5**0.5] * 2,
             "_arange": [0, 1],

@@ -7,18 +7,26 @@ Everything is causal in time: a latent frame depends on no later pixel frame, so
 Axes: B batch, C channels, T pixel frames, H and W height and width; T', H', W' the same of the latents.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .quantizers import FiniteScalarQuantizer
+from .coder_stages import Coder, Level, Middle
+from .diffusers_layout import DIFFUSERS_CLASS, load_diffusers_tokenizer
+from .latent_coding import (
+    LatentCodingMixin,
+    TokenizerDecoderOutput,
+    TokenizerOutput,
+    build_quantizer,
+    check_statistics,
+    count_halvings,
+)
+from .starting_weights import start_as_projection
+from .streaming import StreamState, TokenizerStream
 from .strict_loading import StrictLoadingMixin
+from .tiling import TilingMixin
 from .video_layers import (
     CausalConv3d,
     Downsample,
@@ -26,11 +34,9 @@ from .video_layers import (
     FactorizedConv,
     FrameNorm,
     ResBlock,
-    StreamState,
     Upsample,
     haar_patch,
     haar_unpatch,
-    start_as_projection,
 )
 
 # Sizes by the name of the published model; `CosmosVideoTokenizer(**PRESETS["cv8x8x8"])`.
@@ -48,65 +54,7 @@ PRESETS = {
 }
 
 
-@dataclass
-class TokenizerOutput(BaseOutput):
-    """`latents` [B, C, T', H', W'] (codes when discrete); `indices` [B, T', H', W'] int64, None when continuous."""
-
-    latents: torch.Tensor
-    indices: torch.Tensor | None = None
-
-
-@dataclass
-class TokenizerDecoderOutput(BaseOutput):
-    """`sample` [B, 3, T, H, W], about [-1, 1], not clamped."""
-
-    sample: torch.Tensor
-
-
-class _Level(nn.Module):
-    """Residual blocks (with attention after each where `attention`) and a resampling module or none."""
-
-    def __init__(self, in_channels, out_channels, num_blocks, attention: bool, resample: nn.Module | None):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResBlock(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
-        self.attentions = nn.ModuleList(FactorizedAttention(out_channels) for _ in range(num_blocks * attention))
-        self.resample = resample
-
-    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x, stream)
-            if self.attentions:
-                x = self.attentions[i](x, stream)
-        return x if self.resample is None else self.resample(x, stream)
-
-
-class _Middle(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attention = FactorizedAttention(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        return self.block_2(self.attention(self.block_1(x, stream), stream), stream)
-
-
-class _Coder(nn.Module):
-    """What encoder and decoder share: the run of stages between `conv_in` and `conv_out`."""
-
-    gradient_checkpointing = False
-
-    def _run(self, stages, x: torch.Tensor, stream: StreamState | None) -> torch.Tensor:
-        for stage in stages:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and stream is None:
-                x = self._gradient_checkpointing_func(stage, x)
-            else:
-                x = stage(x, stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
-
-
-class VideoEncoder(_Coder):
+class VideoEncoder(Coder):
     """Pixels [B, T, H, W, 3] -> features before `quant_conv` [B, T', H', W', z_channels]."""
 
     def __init__(self, config):
@@ -121,9 +69,9 @@ class VideoEncoder(_Coder):
             spatial, temporal, last = i < halvings_s, i < halvings_t, i == len(widths) - 1
             resample = Downsample(out_width, spatial, temporal) if (spatial or temporal) and not last else None
             attention = resolution in config.attn_resolutions
-            self.levels.append(_Level(width, out_width, config.num_res_blocks, attention, resample))
+            self.levels.append(_level(width, out_width, config.num_res_blocks, attention, resample))
             resolution, width = resolution // 2, out_width
-        self.mid = _Middle(width)
+        self.mid = _middle(width)
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorizedConv(width, config.z_channels)
 
@@ -132,7 +80,7 @@ class VideoEncoder(_Coder):
         return self._run([*self.levels, self.mid], self.conv_in(x, stream), stream)
 
 
-class VideoDecoder(_Coder):
+class VideoDecoder(Coder):
     """Features after `post_quant_conv` [B, T', H', W', z_channels] -> pixels [B, T, H, W, 3]."""
 
     def __init__(self, config):
@@ -142,7 +90,7 @@ class VideoDecoder(_Coder):
         doublings_s, doublings_t = _resamplings(config)
         width = widths[-1]
         self.conv_in = FactorizedConv(config.z_channels, width)
-        self.mid = _Middle(width)
+        self.mid = _middle(width)
         self.levels = nn.ModuleList()  # in the order of use: the narrowest resolution first
         resolution = config.resolution // config.patch_size // 2 ** (len(widths) - 1)
         for i, out_width in enumerate(reversed(widths)):
@@ -151,7 +99,7 @@ class VideoDecoder(_Coder):
             spatial = not last and (temporal or (i < doublings_s and doublings_s > doublings_t))
             resample = Upsample(out_width, spatial, temporal) if spatial or temporal else None
             attention = resolution in config.attn_resolutions
-            self.levels.append(_Level(width, out_width, config.num_res_blocks + 1, attention, resample))
+            self.levels.append(_level(width, out_width, config.num_res_blocks + 1, attention, resample))
             resolution, width = resolution * 2, out_width
         self.norm_out = FrameNorm(width)
         self.conv_out = FactorizedConv(width, config.out_channels * config.patch_size**3)
@@ -171,22 +119,26 @@ class VideoDecoder(_Coder):
         return haar_unpatch(x, self.patch_size, stream is None or stream.first)
 
 
+def _level(in_channels: int, out_channels: int, num_blocks: int, attention: bool, resample: nn.Module | None) -> Level:
+    blocks = [ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)]
+    return Level(blocks, [FactorizedAttention(out_channels) for _ in range(num_blocks * attention)], resample)
+
+
+def _middle(channels: int) -> Middle:
+    return Middle(ResBlock(channels, channels), FactorizedAttention(channels), ResBlock(channels, channels))
+
+
 def _resamplings(config) -> tuple[int, int]:
     """How often the network itself halves space and time, beyond the wavelet patches."""
-    counts = []
-    for name in ("spatial_compression", "temporal_compression"):
-        factor = getattr(config, name)
-        if factor not in (4, 8, 16) or factor < config.patch_size:
-            raise ValueError(f"{name} must be 4, 8 or 16 and at least patch_size={config.patch_size}, got {factor}")
-        counts.append((factor // config.patch_size).bit_length() - 1)
+    counts = count_halvings(config, "spatial_compression"), count_halvings(config, "temporal_compression")
     if max(counts) >= len(config.channels_mult):
         raise ValueError(
             f"channels_mult {tuple(config.channels_mult)} has too few levels for {max(counts)} resamplings"
         )
-    return counts[0], counts[1]
+    return counts
 
 
-class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
+class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, ModelMixin, ConfigMixin):
     """Causal video autoencoder: continuous when `quantizer` is None, discrete when it is "fsq".
 
     Args:
@@ -202,6 +154,8 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResBlock", "FactorizedAttention"]
+    readable_classes = ("CosmosVideoTokenizer", DIFFUSERS_CLASS)
+    pixel_name, pixel_axes, latent_axes = "video", ("T", "H", "W"), ("T'", "H'", "W'")
 
     @register_to_config
     def __init__(
@@ -225,22 +179,23 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
         latents_std: list | None = None,
     ):
         super().__init__()
-        if patch_size not in (2, 4):
-            raise ValueError(f"patch_size must be 2 or 4, got {patch_size}")
-        if quantizer not in (None, "fsq"):
-            raise ValueError(f"quantizer must be None (continuous) or 'fsq' (discrete), got {quantizer!r}")
-        if quantizer == "fsq" and latent_channels != len(fsq_levels):
-            raise ValueError(
-                f"latent_channels={latent_channels} must equal the number of fsq_levels, {len(fsq_levels)}"
-            )
-        if (latents_mean is None) != (latents_std is None):
-            raise ValueError("latents_mean and latents_std must be given together")
+        check_statistics(self.config, per_frame=True)
+        self.fsq = build_quantizer(self.config)
         self.encoder = VideoEncoder(self.config)
         self.decoder = VideoDecoder(self.config)
         self.quant_conv = CausalConv3d(z_channels, latent_channels, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(latent_channels, z_channels, (1, 1, 1))
-        self.fsq = FiniteScalarQuantizer(fsq_levels) if quantizer == "fsq" else None
-        start_as_projection(self)
+        start_as_projection(self, CausalConv3d)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As of every diffusers model; also reads a folder of diffusers' `AutoencoderKLCosmos`.
+
+        ValueError for a folder of another class or weights that do not fit its config.
+        """
+        if cls.stored_class(pretrained_model_name_or_path, kwargs) == DIFFUSERS_CLASS:
+            return load_diffusers_tokenizer(cls, pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -257,18 +212,9 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
         missing = self.num_frames(self.latent_frames(video.shape[2])) - video.shape[2]
         return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2) if missing else video
 
-    def _check_video(self, video: torch.Tensor, frames_in_first: int):
+    def _check_video(self, video: torch.Tensor, frames_in_first: int = 1):
         """Refuse what the strides would mangle. `frames_in_first`: 1 at a clip's start, 0 for a further chunk."""
-        if video.ndim != 5 or video.shape[1] != self.config.in_channels:
-            raise ValueError(f"video must be [B, {self.config.in_channels}, T, H, W], got {tuple(video.shape)}")
-        if not video.is_floating_point():
-            raise ValueError(f"video must be floating point in [-1, 1], got {video.dtype}: use video / 127.5 - 1")
-        for name, size in (("height", video.shape[3]), ("width", video.shape[4])):
-            factor = self.config.spatial_compression
-            if size % factor or size == 0:
-                below, above = size // factor * factor, -(-max(size, 1) // factor) * factor
-                legal = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(f"{name} must be a multiple of {factor}, got {size}; the nearest legal is {legal}")
+        self._check_pixels(video)
         factor, frames = self.config.temporal_compression, video.shape[2]
         if frames == 0 or (frames - frames_in_first) % factor:
             below = (frames - frames_in_first) // factor * factor + frames_in_first
@@ -282,103 +228,125 @@ class CosmosVideoTokenizer(StrictLoadingMixin, ModelMixin, ConfigMixin):
     # ---- coding ------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
-    def encode(self, video: torch.Tensor, pad_frames: bool = False) -> TokenizerOutput:
+    def encode(self, video: torch.Tensor, pad_frames: bool = False, chunk: int | None = None) -> TokenizerOutput:
         """Video [B, 3, T, H, W] in [-1, 1] -> `TokenizerOutput`.
 
-        Raises ValueError where H or W is no multiple of `spatial_compression`, or where T is not
-        1 + k * `temporal_compression` and `pad_frames` is off (on: the last frame is repeated; decode with
-        `num_frames=T`).
+        Args:
+            pad_frames: repeat the last frame up to a legal number of frames; decode with `num_frames=T`.
+            chunk: pixel frames to pass through the network at a time, a multiple of `temporal_compression` (the first time one
+                more); the result is that of coding all at once, the memory that of one chunk.
+
+        Raises ValueError where H or W is no multiple of `spatial_compression`, where T is not 1 + k * `temporal_compression`
+        and `pad_frames` is off, for values outside [-1, 1] or not finite, and for another dtype than the tokenizer's.
         """
         if pad_frames and video.ndim == 5 and video.shape[2]:
             video = self.pad_frames(video)
-        self._check_video(video, frames_in_first=1)
-        return self._encode(video)
+        self._check_video(video)
+        factor = self.config.temporal_compression
+        if chunk is None:
+            return self._encode(video)
+        if chunk < 1 or chunk % factor:
+            raise ValueError(f"chunk must be a positive multiple of {factor} pixel frames, got {chunk}")
+        parts = self._in_chunks(self._encode, video, [1 + chunk, chunk])
+        indices = None if self.fsq is None else torch.cat([part.indices for part in parts], dim=1)
+        return TokenizerOutput(torch.cat([part.latents for part in parts], dim=2), indices)
 
     def _encode(self, video: torch.Tensor, stream: StreamState | None = None) -> TokenizerOutput:
-        z = self.quant_conv(self.encoder(video.permute(0, 2, 3, 4, 1), stream))  # [B, T', H', W', C]
-        indices = None
-        if self.fsq is not None:
-            z, indices = self.fsq(z)
-        return TokenizerOutput(z.permute(0, 4, 1, 2, 3).contiguous(), indices)
+        def network(x, stream):
+            z = self.encoder(x.permute(0, 2, 3, 4, 1), stream)  # [B, T', H', W', C]
+            return self.quant_conv(z).permute(0, 4, 1, 2, 3)
+
+        return self._quantize(self._in_tiles(network, video, 1, self.config.spatial_compression, stream))
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor, num_frames: int | None = None) -> TokenizerDecoderOutput:
-        """Latents (or codes) [B, C, T', H', W'] -> video; `num_frames` crops what `encode(pad_frames=True)` added."""
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents must be [B, {self.config.latent_channels}, T', H', W'], got {tuple(latents.shape)}"
-            )
+    def decode(
+        self, latents: torch.Tensor, num_frames: int | None = None, chunk: int | None = None
+    ) -> TokenizerDecoderOutput:
+        """Latents (or codes) [B, C, T', H', W'] -> video.
+
+        Args:
+            num_frames: crop what `encode(pad_frames=True)` added.
+            chunk: latent frames to pass through the network at a time, with the result of decoding all at once.
+        """
+        self._check_latents(latents)
         full = self.num_frames(latents.shape[2])
-        if num_frames is not None and self.latent_frames(num_frames) != latents.shape[2]:
+        if num_frames is not None and (num_frames < 1 or self.latent_frames(num_frames) != latents.shape[2]):
             raise ValueError(
                 f"num_frames={num_frames} is not held by {latents.shape[2]} latent frames (at most {full})"
             )
-        return TokenizerDecoderOutput(self._decode(latents)[:, :, :num_frames])
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 latent frame, got {chunk}")
+        video = (
+            self._decode(latents) if chunk is None else torch.cat(self._in_chunks(self._decode, latents, [chunk]), 2)
+        )
+        return TokenizerDecoderOutput(video[:, :, :num_frames])
 
     def _decode(self, latents: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        z = self.post_quant_conv(latents.permute(0, 2, 3, 4, 1))
-        return self.decoder(z, stream).permute(0, 4, 1, 2, 3).contiguous()
+        def network(z, stream):
+            z = self.post_quant_conv(z.permute(0, 2, 3, 4, 1))
+            return self.decoder(z, stream).permute(0, 4, 1, 2, 3)
+
+        return self._in_tiles(network, latents, self.config.spatial_compression, 1, stream).contiguous()
 
     @apply_forward_hook
-    def decode_indices(self, indices: torch.Tensor, num_frames: int | None = None) -> TokenizerDecoderOutput:
+    def decode_indices(
+        self, indices: torch.Tensor, num_frames: int | None = None, chunk: int | None = None
+    ) -> TokenizerDecoderOutput:
         """Indices [B, T', H', W'] of a discrete tokenizer -> video. Raises ValueError for a continuous one."""
-        if self.fsq is None:
-            raise ValueError("this tokenizer is continuous (quantizer=None) and has no indices; use decode(latents)")
-        codes = self.fsq.decode(indices).to(self.dtype)
-        return self.decode(codes.permute(0, 4, 1, 2, 3), num_frames)
+        return self.decode(self._codes(indices), num_frames, chunk)
 
     def forward(self, sample: torch.Tensor) -> TokenizerDecoderOutput:
         """Reconstruct: decode(encode(sample))."""
         return self.decode(self.encode(sample).latents)
 
-    def encoder_stream(self) -> "TokenizerStream":
+    # ---- coding chunk by chunk -------------------------------------------------------------------------------------
+
+    def _in_chunks(self, code, x: torch.Tensor, lengths: list[int]) -> list:
+        """Results of `code` on consecutive chunks of x along time; the last length is repeated to the end."""
+        stream, parts, start = StreamState(), [], 0
+        while start < x.shape[2]:
+            length = lengths[min(len(parts), len(lengths) - 1)]
+            parts.append(code(x[:, :, start : start + length], stream))
+            stream.first, start = False, start + length
+        return parts
+
+    def encoder_stream(self, window: int | None = None) -> TokenizerStream:
         """Encode a clip chunk by chunk: `push(video chunk) -> TokenizerOutput`. The first chunk has
-        1 + k * `temporal_compression` frames, later ones a multiple of it; together they equal `encode` of all."""
-        return TokenizerStream(self, self._push_video)
+        1 + k * `temporal_compression` frames, later ones a multiple of it; together they equal `encode` of all.
 
-    def decoder_stream(self) -> "TokenizerStream":
-        """Decode a clip chunk by chunk: `push(latents chunk) -> video chunk`, any number of latent frames each."""
-        return TokenizerStream(self, self._decode)
+        `window` bounds what is remembered: temporal attention then looks back at that many frames (latent frames; where it
+        stands in levels of a higher rate, frames of that rate) instead of all, which is an approximation.
+        """
+        return TokenizerStream(self._push_video, window)
 
+    def decoder_stream(self, window: int | None = None) -> TokenizerStream:
+        """Decode a clip chunk by chunk: `push(latents chunk) -> video chunk`, any number of latent frames each.
+
+        `window`: as of `encoder_stream`.
+        """
+        return TokenizerStream(self._push_latents, window)
+
+    @apply_forward_hook
     def _push_video(self, video: torch.Tensor, stream: StreamState) -> TokenizerOutput:
         self._check_video(video, frames_in_first=int(stream.first))
+        self._check_same_clip("video", video, stream)
         return self._encode(video, stream)
 
-    # ---- statistics of the latents --------------------------------------------------------------------------------
+    @apply_forward_hook
+    def _push_latents(self, latents: torch.Tensor, stream: StreamState) -> torch.Tensor:
+        self._check_latents(latents)
+        self._check_same_clip("latents", latents, stream)
+        return self._decode(latents, stream)
 
-    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.config.latents_mean is None:
-            return None
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=latents.device).view(len(v), -1)
-            for v in (self.config.latents_mean, self.config.latents_std)
+    def _check_same_clip(self, name: str, chunk: torch.Tensor, stream: StreamState):
+        """All chunks of a clip have one batch, height, width and dtype, and are cut into the same tiles."""
+        clip = dict(
+            batch=chunk.shape[0], height=chunk.shape[3], width=chunk.shape[4], dtype=chunk.dtype, tiling=self.tiling
         )
-        frames = latents.shape[2]
-        if mean.shape[1] > 1 and frames > mean.shape[1]:
-            raise ValueError(
-                f"statistics are kept for {mean.shape[1]} latent frames, got {frames}: code in shorter chunks"
-            )
-        return tuple(t[None, :, : max(frames if t.shape[1] > 1 else 1, 1), None, None] for t in (mean, std))
-
-    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """(latents - mean) / std per channel (and latent frame, from the clip's start); identity if there are none."""
-        stats = self._statistics(latents)
-        return latents if stats is None else ((latents - stats[0]) / stats[1]).to(latents.dtype)
-
-    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Inverse of `normalize`."""
-        stats = self._statistics(latents)
-        return latents if stats is None else (latents * stats[1] + stats[0]).to(latents.dtype)
-
-
-class TokenizerStream:
-    """Codes one clip chunk by chunk with constant convolution state; temporal attention keeps its keys and values."""
-
-    def __init__(self, tokenizer: CosmosVideoTokenizer, step):
-        self._step, self._state = step, StreamState()
-
-    @torch.no_grad()
-    def push(self, chunk: torch.Tensor):
-        result = self._step(chunk, self._state)
-        self._state.first = False
-        return result
+        if stream.first:
+            stream.clip = clip
+        for key, value in clip.items():
+            if value != stream.clip[key]:
+                raise ValueError(
+                    f"{name} has {key} {value}, but the stream began with {stream.clip[key]}: use one stream per clip"
+                )

@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class StreamState(dict):
-    """What each layer remembers between chunks of one clip, keyed by the layer; `first` until a chunk has passed."""
-
-    first = True
+from .streaming import KeyValues, StreamState
+from .wavelets import haar_merge, haar_split
 
 
 def haar_patch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
@@ -29,21 +26,12 @@ def haar_patch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Te
     """
     if first:
         x = torch.cat([x[:, :1].expand(-1, patch_size - 1, -1, -1, -1), x], dim=1)
-    for _ in range(patch_size.bit_length() - 1):
-        for axis in (1, 2, 3):
-            a, b = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
-            x = torch.stack([a + b, a - b], dim=-2) * 0.5
-        x = x.flatten(-4)  # [B, T, H, W, t h w C]
-    return x
+    return haar_split(x, patch_size, axes=(1, 2, 3))
 
 
 def haar_unpatch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
     """Exact inverse of `haar_patch`; drops the p - 1 repeated frames at a clip's start."""
-    for _ in range(patch_size.bit_length() - 1):
-        x = x.unflatten(-1, (2, 2, 2, -1))  # [B, T, H, W, t, h, w, C]
-        for axis in (3, 2, 1):
-            low, high = x.unbind(-2)
-            x = torch.stack([low + high, low - high], dim=axis + 1).flatten(axis, axis + 1)
+    x = haar_merge(x, patch_size, axes=(1, 2, 3))
     return x[:, patch_size - 1 :] if first else x
 
 
@@ -131,6 +119,11 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)), stream)
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)), stream)
 
+    def start_silent(self):
+        for conv in (*self.conv1, *self.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        nn.init.zeros_(self.conv2[1].weight)
+
 
 class Attention(nn.Module):
     """Single-head self-attention with a residual: over the positions of each frame, or over time at each position."""
@@ -147,21 +140,22 @@ class Attention(nn.Module):
         out = self._over_time(q, k, v, stream) if self.temporal else self._over_space(q, k, v)
         return x + self.to_out(out)
 
+    def start_silent(self):
+        nn.init.zeros_(self.to_out.weight)
+
     def _over_space(self, q, k, v):
         size = q.shape[2:4]
         q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # [B, T, H W, C]
         return F.scaled_dot_product_attention(q, k, v).unflatten(2, size)
 
     def _over_time(self, q, k, v, stream):
-        """Causal over the whole clip, with no window: a stream must keep all keys and values."""
-        if stream is not None:
-            if self in stream:
-                k, v = (torch.cat([past, new], dim=1) for past, new in zip(stream[self], (k, v), strict=True))
-            stream[self] = (k, v)
-        new, total = q.shape[1], k.shape[1]
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        """Causal over the whole clip, with no window unless the stream has one: all keys and values are kept."""
         q, k, v = (t.permute(0, 2, 3, 1, 4) for t in (q, k, v))  # [B, H, W, T, C]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(0, 3, 1, 2, 4)
+        if stream is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(0, 3, 1, 2, 4)
+        kept = stream.get(self, KeyValues()).append(k, v)
+        stream[self] = kept.last(stream.window)
+        return kept.attend(q, stream.window).permute(0, 3, 1, 2, 4)
 
 
 class FactorizedAttention(nn.Sequential):
@@ -191,6 +185,9 @@ class Downsample(nn.Module):
             x = self.conv2(x, stream, stride=2)
         return self.conv3(x)
 
+    def start_silent(self):
+        _silence(self.conv1, self.conv2)
+
 
 class Upsample(nn.Module):
     """Double frames (1 + k -> 1 + 2k) and then height and width by repetition, each with a residual convolution."""
@@ -214,35 +211,10 @@ class Upsample(nn.Module):
             x = x + self.conv2(x)
         return self.conv3(x)
 
-
-@torch.no_grad()
-def start_as_projection(model: nn.Module):
-    """Starting weights: every residual branch is silent, every other convolution an orthogonal map of channels.
-
-    The autoencoder then begins as a projection of the wavelet coefficients. On the table-top world a hundred steps of the
-    nano preset lead to 19.9 dB, from PyTorch's default weights, whose signal shrinks at every layer, to 16.3 dB.
-    """
-    convolutions = [module for module in model.modules() if isinstance(module, CausalConv3d)]
-    for conv in convolutions:
-        _make_projection(conv)
-    for module in model.modules():
-        if isinstance(module, ResBlock):
-            for conv in (*module.conv1, *module.conv2):
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-            nn.init.zeros_(module.conv2[1].weight)
-        elif isinstance(module, Attention):
-            nn.init.zeros_(module.to_out.weight)
-        elif isinstance(module, (Downsample, Upsample)):
-            for conv in filter(None, (module.conv1, module.conv2)):
-                nn.init.zeros_(conv.weight)
+    def start_silent(self):
+        _silence(self.conv1, self.conv2)
 
 
-def _make_projection(conv: CausalConv3d):
-    """The identity (an orthogonal matrix where the widths differ) at the newest frame and the kernel's centre."""
-    out_channels, in_channels = conv.weight.shape[:2]
-    matrix = torch.eye(out_channels) if out_channels == in_channels else torch.empty(out_channels, in_channels)
-    if out_channels != in_channels and not conv.weight.is_meta:
-        nn.init.orthogonal_(matrix)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    conv.weight[:, :, -1, conv.weight.shape[3] // 2, conv.weight.shape[4] // 2] = matrix.to(conv.weight)
+def _silence(*convolutions: CausalConv3d | None):
+    for conv in filter(None, convolutions):
+        nn.init.zeros_(conv.weight)
