@@ -1,6 +1,6 @@
 """A tiny tokenizer and a tiny world model trained by `fit`; also run as a program, by two processes under DDP, FSDP2 or ZeRO.
 
-    torchrun --nproc_per_node 2 tests/scale_problem.py FOLDER DISTRIBUTED_TYPE
+torchrun --nproc_per_node 2 tests/scale_problem.py FOLDER DISTRIBUTED_TYPE
 """
 
 import json

@@ -29,10 +29,11 @@ def alone(tmp_path_factory):
 def environment(name: str) -> dict:
     """What `accelerate launch --config_file training/launch/<name>.yaml` sets, for processors in place of GPUs."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     arguments = launch_command_parser().parse_args(["--config_file", str(LAUNCH / f"{name}.yaml"), "script.py"])
-    given = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    arguments = _validate_launch_command(arguments)[0]
+    given = prepare_deepspeed_cmd_env(arguments)[1] if "zero" in name else prepare_multi_gpu_env(arguments)
     kept = {key: value for key, value in given.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
     kept |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     kept["PYTHONPATH"] = f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"

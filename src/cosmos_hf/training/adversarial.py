@@ -104,7 +104,9 @@ def fit_adversarial(
                 run.guard.check_norm(norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                run.log.add(loss=total.detach(), fooling=fooling.detach(), adaptive_weight=weight, grad_norm=norm, **logs)
+                run.log.add(
+                    loss=total.detach(), fooling=fooling.detach(), adaptive_weight=weight, grad_norm=norm, **logs
+                )
                 run.log.add(**loss.code_figures())
                 result = result.detach()
             else:

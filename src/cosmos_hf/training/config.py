@@ -109,7 +109,9 @@ class TokenizerConfig(RunConfig):
     discriminator_channels: int = 64
     discriminator_learning_rate: float = 1e-4
     discriminator_warmup: int = field(default=1000, metadata={"help": "steps in which only the discriminator learns"})
-    freeze_encoder: bool = field(default=False, metadata={"help": "train the decoder only: the latents stay as they are"})
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "train the decoder only: the latents stay as they are"}
+    )
     val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
 
     def __post_init__(self):

@@ -19,7 +19,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """The Accelerator of a run. Raises ValueError for fp16 on a processor, which accelerate would train in float32 unsaid."""
+    """The Accelerator of a run.
+
+    Raises ValueError for what accelerate would replace unsaid: fp16 on a processor (by float32), FSDP on processors (by DDP).
+    """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     on_processor = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
     handlers = []
@@ -36,6 +39,11 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision: fp16 needs a GPU; on a processor take bf16 or no")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"the launch file asks for FSDP, accelerate made {accelerator.distributed_type.value} of it: "
+            "training/launch/fsdp2.yaml needs GPUs and fsdp_version: 2"
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size

@@ -3,26 +3,35 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.utils.data import Dataset
 
 from ..data.clips import ClipDataset
+from ..data.pictures import PictureDataset, WithPictures, find_pictures
 from ..data.video import to_float
-from ..evaluation.codes import counting_codes
+from ..evaluation.codes import counting_codes, watch_codes
 from ..evaluation.metrics import psnr, ssim
-from ..models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from ..models import autoencoder_cosmos, autoencoder_cosmos_image
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.autoencoder_cosmos_image import CosmosImageTokenizer
 from .checkpoints import TrainingError
 from .config import TokenizerConfig
-from .losses import reconstruct
+from .losses import ReconstructionLoss, codes_images, reconstruct
+
+KINDS = {
+    "video": (CosmosVideoTokenizer, autoencoder_cosmos.PRESETS),
+    "image": (CosmosImageTokenizer, autoencoder_cosmos_image.PRESETS),
+}
+Tokenizer = CosmosVideoTokenizer | CosmosImageTokenizer
+CODE_WINDOW = 4  # times the codebook's size: of so many of the last codes the logs tell
 
 
-def build_model(config: TokenizerConfig) -> CosmosVideoTokenizer:
+def build_model(config: TokenizerConfig) -> Tokenizer:
     """From `init_from`, or of the size `preset` with random weights; with `freeze_encoder` only its decoder will learn."""
     if config.init_from:
-        model = CosmosVideoTokenizer.from_pretrained(config.init_from)
-    elif config.preset in PRESETS:
-        model = CosmosVideoTokenizer(**PRESETS[config.preset])
+        model = load_tokenizer(config.init_from)
     else:
-        raise ValueError(f"unknown preset {config.preset!r}; there is {', '.join(PRESETS)}")
+        model_class, presets = KINDS[_kind_of(config)]
+        model = model_class(**presets[config.preset])
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.freeze_encoder:
@@ -31,18 +40,52 @@ def build_model(config: TokenizerConfig) -> CosmosVideoTokenizer:
     return model
 
 
-def build_dataset(config: TokenizerConfig) -> ClipDataset:
-    return ClipDataset(
-        config.data,
-        num_frames=config.num_frames,
-        crop=(config.crop_height, config.crop_width) if config.crop_height else None,
-        keep_decoded=config.keep_decoded,
-        on_broken=config.on_broken,
+def _kind_of(config: TokenizerConfig) -> str:
+    kinds = [kind for kind, (_, presets) in KINDS.items() if config.preset in presets and config.kind in ("", kind)]
+    if not kinds:
+        known = "; ".join(f"{kind}: {', '.join(presets)}" for kind, (_, presets) in KINDS.items())
+        raise ValueError(f"unknown preset {config.preset!r}{f' of kind {config.kind}' * bool(config.kind)}; {known}")
+    return kinds[0]
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A saved video or image tokenizer: its config tells which."""
+    name = CosmosVideoTokenizer.load_config(folder).get("_class_name")
+    model_class = CosmosImageTokenizer if name == CosmosImageTokenizer.__name__ else CosmosVideoTokenizer
+    return model_class.from_pretrained(folder)
+
+
+def build_loss(config: TokenizerConfig, model: Tokenizer) -> ReconstructionLoss:
+    """With the codes of a discrete tokenizer counted."""
+    window = CODE_WINDOW * model.fsq.codebook_size if model.fsq is not None else None
+    return ReconstructionLoss(config, watch_codes(model, window, only_training=True)[0])
+
+
+def build_dataset(config: TokenizerConfig) -> Dataset:
+    """Clips, or pictures; with pictures beside each clip where the config names folders of them as `image_data`."""
+    crop = (config.crop_height, config.crop_width) if config.crop_height else None
+    if all(find_pictures(path) for path in config.data):
+        if config.num_frames != 1:
+            raise ValueError(f"{', '.join(config.data)} hold pictures: set num_frames to 1, not {config.num_frames}")
+        return PictureDataset(config.data, crop=crop, on_broken=config.on_broken)
+    how = dict(num_frames=config.num_frames, keep_decoded=config.keep_decoded, on_broken=config.on_broken)
+    clips = ClipDataset(config.data, crop=crop, **how)
+    if not config.image_data:
+        return clips
+    return WithPictures(
+        clips, PictureDataset(config.image_data, crop=crop, on_broken=config.on_broken), config.images_per_clip
     )
 
 
+def build_whole(config: TokenizerConfig, path: str | list[str]) -> Dataset:
+    """Whole frames in a fixed order, for figures and statistics."""
+    if all(find_pictures(one) for one in ([path] if isinstance(path, str) else path)):
+        return PictureDataset(path, random=False, on_broken=config.on_broken)
+    return ClipDataset(path, num_frames=config.num_frames, random=False, on_broken=config.on_broken)
+
+
 @torch.no_grad()
-def export(model: nn.Module, folder: Path):
+def export(model: Tokenizer, folder: Path):
     """Save, load again and compare one reconstruction."""
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder).to(model.device)
@@ -54,7 +97,7 @@ def export(model: nn.Module, folder: Path):
 
 
 @torch.no_grad()
-def validate(model: nn.Module, config: TokenizerConfig) -> dict:
+def validate(model: Tokenizer, config: TokenizerConfig) -> dict:
     """PSNR (dB) and SSIM on the first clips of every validation set, whole frames: means over clips and frames.
 
     Of a discrete tokenizer also how many of its codes they use, and the entropy of the codes in bits.
@@ -62,7 +105,7 @@ def validate(model: nn.Module, config: TokenizerConfig) -> dict:
     figures = {}
     device = next(model.parameters()).device
     for path in config.val_data:
-        clips = ClipDataset(path, num_frames=config.num_frames, random=False)
+        clips = build_whole(config, path)
         scores, name = [], Path(path).name
         with counting_codes(model) as usage:
             for i in range(min(config.val_clips, len(clips))):
@@ -77,18 +120,22 @@ def validate(model: nn.Module, config: TokenizerConfig) -> dict:
 
 
 @torch.no_grad()
-def compute_latent_stats(
-    model: CosmosVideoTokenizer, dataset: ClipDataset, max_clips: int = 512, per_frame: bool = False
-):
+def compute_latent_stats(model: Tokenizer, dataset: Dataset, max_clips: int = 512, per_frame: bool = False):
     """Mean and standard deviation of the latents per channel (and per latent frame), written into the model's config.
 
     Clips must have one length. Returns (mean, std) as stored. `model.save_pretrained` keeps them.
+    Raises ValueError for `per_frame` of an image tokenizer.
     """
+    images = codes_images(model)
+    if per_frame and images:
+        raise ValueError("per_frame: the latents of an image tokenizer have no frames")
     total = square = count = 0
     for i in range(min(max_clips, len(dataset))):
-        latents = (
-            model.encode(to_float(dataset[i]["video"])[None].to(model.device)).latents[0].double()
-        )  # [C, T', H', W']
+        video = to_float(dataset[i]["video"])[None].to(model.device)
+        if images:
+            latents = model.encode(video[0].transpose(0, 1)).latents.transpose(0, 1).double()  # [C, T, H', W']
+        else:
+            latents = model.encode(video).latents[0].double()  # [C, T', H', W']
         dims = (2, 3) if per_frame else (1, 2, 3)
         total, square = total + latents.sum(dims), square + latents.square().sum(dims)
         count += latents[0].numel() // (latents.shape[1] if per_frame else 1)
