@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.training.config import TokenizerConfig
-from cosmos_hf.training.loop import fit
+from cosmos_hf.training.loop import Run, fit
 from cosmos_hf.training.losses import ReconstructionLoss
 from cosmos_hf.training.tokenizer import export
 
@@ -66,6 +66,20 @@ def read_log(folder) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
+def note_memory(folder):
+    """Have the next run leave the bytes of its own parts of the state in `memory-<rank>.json`."""
+    finish = Run.finish
+
+    def finish_and_note(self):
+        moments = [t for state in self.accelerator._optimizers[0].state.values() for t in state.values() if t.ndim]
+        parts = dict(weights=self.bare.parameters(), optimizer=moments, average=self.ema.average.values())
+        held = {name: sum(getattr(t, "_local_tensor", t).nbytes for t in tensors) for name, tensors in parts.items()}
+        (folder / f"memory-{self.accelerator.process_index}.json").write_text(json.dumps(held))
+        return finish(self)
+
+    Run.finish = finish_and_note
+
+
 def pretend_gpus():
     """accelerate does not take processors for FSDP: it would run DDP unsaid. The collectives themselves are gloo's."""
     from accelerate import PartialState
@@ -79,6 +93,7 @@ if __name__ == "__main__":
     root, kind = Path(sys.argv[1]), sys.argv[2]
     if kind == "FSDP":
         pretend_gpus()
+        note_memory(root)
     train = partial(run, batch_size=1, gradient_accumulation=2)
     train(root / "straight", max_steps=4)
     train(root / "cut", max_steps=2)

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from cosmos_hf.data.clips import collate_clips
+from cosmos_hf.models.tokenizer_kinds import load_tokenizer
 from cosmos_hf.training.adversarial import fit_adversarial
 from cosmos_hf.training.config import TokenizerConfig, parse
 from cosmos_hf.training.loop import fit
@@ -24,7 +25,6 @@ from cosmos_hf.training.tokenizer import (
     build_whole,
     compute_latent_stats,
     export,
-    load_tokenizer,
     validate,
 )
 

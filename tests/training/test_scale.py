@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.training.memory import GIB, estimate_memory
 from scale_problem import read_log, run
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +33,14 @@ def environment(name: str) -> dict:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     arguments = launch_command_parser().parse_args(["--config_file", str(LAUNCH / f"{name}.yaml"), "script.py"])
-    arguments = _validate_launch_command(arguments)[0]
+    arguments, _, precision_from_file = _validate_launch_command(arguments)
+    fields = list(yaml.safe_load((LAUNCH / f"{name}.yaml").read_text()).get("deepspeed_config", {}))
+    fields += ["mixed_precision"] * precision_from_file
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
     given = prepare_deepspeed_cmd_env(arguments)[1] if "zero" in name else prepare_multi_gpu_env(arguments)
     kept = {key: value for key, value in given.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
-    kept |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    kept |= {"DS_ACCELERATOR": "cpu"} if "zero" in name else {"ACCELERATE_USE_CPU": "true"}
+    kept["OMP_NUM_THREADS"] = "1"
     kept["PYTHONPATH"] = f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"
     return {**os.environ, **kept}
 
@@ -69,6 +74,11 @@ def test_fsdp2(tmp_path, alone):
     launch("fsdp2", "FSDP", tmp_path)
     check(tmp_path, alone)
     assert list((tmp_path / "straight" / "checkpoint-00000004").rglob("*.distcp"))
+    held = [json.loads((tmp_path / f"memory-{rank}.json").read_text()) for rank in (0, 1)]
+    size = sum(p.numel() for p in CosmosVideoTokenizer(**PRESETS["tiny"]).parameters())
+    told = estimate_memory(size, "fsdp2", 2)
+    for name in held[0]:  # shards are padded to equal rows, and a scalar's other half is empty
+        assert sum(part[name] for part in held) / 2 == pytest.approx(told[name] * GIB, rel=0.01), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'cosmos-hf[deepspeed]'")

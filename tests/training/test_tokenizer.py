@@ -12,6 +12,7 @@ from cosmos_hf.data.clips import ClipDataset, collate_clips
 from cosmos_hf.data.video import to_float
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
+from cosmos_hf.models.tokenizer_kinds import load_tokenizer
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.loop import TrainingError, fit
 from cosmos_hf.training.losses import ReconstructionLoss
@@ -21,7 +22,6 @@ from cosmos_hf.training.tokenizer import (
     build_model,
     compute_latent_stats,
     export,
-    load_tokenizer,
     validate,
 )
 

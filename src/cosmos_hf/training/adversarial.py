@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.tokenizer_kinds import Tokenizer, codes_images, reconstruct
 from .config import TokenizerConfig
 from .devices import is_sharded
 from .loop import Run, build_optimizer, learning_rate_factor
-from .losses import ReconstructionLoss, codes_images, reconstruct
+from .losses import ReconstructionLoss
 
 
 class PatchDiscriminator(nn.Module):
@@ -58,7 +58,7 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
 
 
 def fit_adversarial(
-    model: CosmosVideoTokenizer,
+    model: Tokenizer,
     loss: ReconstructionLoss,
     dataset: Dataset,
     config: TokenizerConfig,

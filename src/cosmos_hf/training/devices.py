@@ -21,12 +21,12 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def start_accelerator(config: RunConfig) -> Accelerator:
     """The Accelerator of a run.
 
-    Raises ValueError for what accelerate would replace unsaid: fp16 on a processor (by float32), FSDP on processors (by DDP).
+    Raises ValueError for what accelerate would replace unsaid: fp16 on a processor (by float32), FSDP and DeepSpeed where it
+    finds no GPUs for them (by DDP).
     """
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    on_processor = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+    deepspeed = _asked_for("DEEPSPEED")
     handlers = []
-    if deepspeed and on_processor:
+    if deepspeed and (_asked_for("CPU") or not torch.cuda.is_available()):
         # Without a backend DeepSpeed takes every process for a world of its own.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
@@ -39,11 +39,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision: fp16 needs a GPU; on a processor take bf16 or no")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"the launch file asks for FSDP, accelerate made {accelerator.distributed_type.value} of it: "
-            "training/launch/fsdp2.yaml needs GPUs and fsdp_version: 2"
-        )
+    _check_kind(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
@@ -62,6 +58,21 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             param_dtype=AUTOCAST[config.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     return accelerator
+
+
+def _asked_for(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _check_kind(accelerator: Accelerator):
+    made = accelerator.distributed_type
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if _asked_for(kind.value) and made != kind:
+            raise ValueError(
+                f"the launch file asks for {kind.value}, accelerate made {made.value} of it: it needs GPUs (see training/launch/)"
+            )
+    if made == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("only fsdp_version: 2 is supported (training/launch/fsdp2.yaml)")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -14,20 +14,8 @@ from ..data.video import to_float
 from ..evaluation.codes import CodeUsage
 from ..evaluation.optical_flow import load_estimator, warp_error
 from ..evaluation.perceptual import PerceptualDistance
+from ..models.tokenizer_kinds import codes_images, reconstruct
 from .config import TokenizerConfig
-
-
-def reconstruct(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
-    """Video [B, 3, T, H, W] through a tokenizer and back; an image tokenizer takes its frames one by one."""
-    if not codes_images(model):
-        return model(video).sample
-    frames = model(video.transpose(1, 2).flatten(0, 1)).sample  # [B T, 3, H, W]
-    return frames.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
-
-
-def codes_images(model: nn.Module) -> bool:
-    """Whether a tokenizer (wrapped or not) is an image tokenizer."""
-    return "temporal_compression" not in getattr(model, "module", model).config
 
 
 class ReconstructionLoss:

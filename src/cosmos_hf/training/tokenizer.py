@@ -10,18 +10,11 @@ from ..data.pictures import PictureDataset, WithPictures, find_pictures
 from ..data.video import to_float
 from ..evaluation.codes import counting_codes, watch_codes
 from ..evaluation.metrics import psnr, ssim
-from ..models import autoencoder_cosmos, autoencoder_cosmos_image
-from ..models.autoencoder_cosmos import CosmosVideoTokenizer
-from ..models.autoencoder_cosmos_image import CosmosImageTokenizer
+from ..models.tokenizer_kinds import KINDS, Tokenizer, codes_images, load_tokenizer, reconstruct
 from .checkpoints import TrainingError
 from .config import TokenizerConfig
-from .losses import ReconstructionLoss, codes_images, reconstruct
+from .losses import ReconstructionLoss
 
-KINDS = {
-    "video": (CosmosVideoTokenizer, autoencoder_cosmos.PRESETS),
-    "image": (CosmosImageTokenizer, autoencoder_cosmos_image.PRESETS),
-}
-Tokenizer = CosmosVideoTokenizer | CosmosImageTokenizer
 CODE_WINDOW = 4  # times the codebook's size: of so many of the last codes the logs tell
 
 
@@ -46,13 +39,6 @@ def _kind_of(config: TokenizerConfig) -> str:
         known = "; ".join(f"{kind}: {', '.join(presets)}" for kind, (_, presets) in KINDS.items())
         raise ValueError(f"unknown preset {config.preset!r}{f' of kind {config.kind}' * bool(config.kind)}; {known}")
     return kinds[0]
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """A saved video or image tokenizer: its config tells which."""
-    name = CosmosVideoTokenizer.load_config(folder).get("_class_name")
-    model_class = CosmosImageTokenizer if name == CosmosImageTokenizer.__name__ else CosmosVideoTokenizer
-    return model_class.from_pretrained(folder)
 
 
 def build_loss(config: TokenizerConfig, model: Tokenizer) -> ReconstructionLoss:
