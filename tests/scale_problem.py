@@ -9,10 +9,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
+from transformers import T5EncoderModel
 
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.training.config import TokenizerConfig
+from cosmos_hf.training.diffusion import (
+    DiffusionConfig,
+    DiffusionLoss,
+    WorldModel,
+    build_model,
+    build_scheduler,
+    check_reload,
+)
 from cosmos_hf.training.loop import Run, fit
 from cosmos_hf.training.losses import ReconstructionLoss
 from cosmos_hf.training.tokenizer import export
@@ -61,6 +72,47 @@ def run(folder, **settings):
     return read_log(folder)
 
 
+class Latents(Dataset):
+    """Random latents and words, a function of the index."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index[0])
+        latents = torch.randn(16, 2, 4, 4, generator=generator)
+        return {"latents": latents, "words": torch.randint(1, 300, (6,), generator=generator)}
+
+
+def collate_latents(samples):
+    words = torch.stack([sample["words"] for sample in samples])
+    latents = torch.stack([sample["latents"] for sample in samples])
+    return {"latents": latents, "text": (words, torch.ones_like(words)), "fps": torch.full((len(samples),), 5.0)}
+
+
+def export_world(model, folder):
+    """Every part, as `training/pretrain.py` saves it, read again and compared."""
+    model.transformer.save_pretrained(folder / "transformer")
+    model.text_encoder.save_pretrained(folder / "text_encoder")
+    again = WorldModel(
+        CosmosWorldTransformer3D.from_pretrained(folder / "transformer"),
+        T5EncoderModel.from_pretrained(folder / "text_encoder"),
+    )
+    check_reload(model, again, collate_latents([Latents()[0, 0]])["text"])
+
+
+def run_world(folder, **settings):
+    """Train a tiny world model with its text encoder."""
+    torch.manual_seed(0)
+    base = dict(
+        SETTINGS | settings, preset="tiny-video2world", train_text_encoder=True, text_preset="tiny", vocab_size=300
+    )
+    del base["l2_weight"]
+    config = DiffusionConfig(output_dir=str(folder), max_condition_frames=1, **base)
+    loss = DiffusionLoss(config, build_scheduler(config), takes_condition_mask=True)
+    fit(build_model(config), loss, Latents(), config, collate_latents, export_world)
+
+
 def read_log(folder) -> list[tuple]:
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
@@ -98,7 +150,10 @@ if __name__ == "__main__":
     train(root / "straight", max_steps=4)
     train(root / "cut", max_steps=2)
     train(root / "cut", max_steps=4)
-
-    from accelerate.state import AcceleratorState
+    if kind == "FSDP":
+        AcceleratorState._reset_state()  # its FSDP plugin keeps the blocks of the first model
+        run_world(root / "world", max_steps=4)
+        run_world(root / "world_cut", max_steps=2)
+        run_world(root / "world_cut", max_steps=4)
 
     assert AcceleratorState().distributed_type.value == kind, AcceleratorState().distributed_type

@@ -42,11 +42,11 @@ def test_bf16_keeps_weights_losses_and_the_average_in_float32(tmp_path):
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """fp16 under a loss scale of 2**40, at which every gradient overflows; on the processor, which `start_accelerator` refuses."""
+    """fp16 under a loss scale of 2**26, at which every gradient overflows; on the processor, which `start_accelerator` refuses."""
 
     def start(config):
         accelerator = Accelerator(mixed_precision="fp16")
-        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**26)
         return accelerator
 
     monkeypatch.setattr(loop, "start_accelerator", start)

@@ -74,6 +74,8 @@ def test_fsdp2(tmp_path, alone):
     launch("fsdp2", "FSDP", tmp_path)
     check(tmp_path, alone)
     assert list((tmp_path / "straight" / "checkpoint-00000004").rglob("*.distcp"))
+    assert len(read_log(tmp_path / "world")) == 4 and read_log(tmp_path / "world") == read_log(tmp_path / "world_cut")
+    assert (tmp_path / "world" / "export" / "text_encoder" / "model.safetensors").exists()
     held = [json.loads((tmp_path / f"memory-{rank}.json").read_text()) for rank in (0, 1)]
     size = sum(p.numel() for p in CosmosVideoTokenizer(**PRESETS["tiny"]).parameters())
     told = estimate_memory(size, "fsdp2", 2)

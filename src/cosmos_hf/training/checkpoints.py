@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from .config import RunConfig
-from .devices import is_sharded
+from .devices import weights_are_sharded
 from .ema import PowerEMA
 
 # An fp16 run finds its loss scale by halving it at every overflow: 65536 is down to 2**-8 after so many in a row.
@@ -50,7 +50,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
-    if ema and is_sharded(accelerator):
+    if ema and weights_are_sharded(accelerator):
         ema.save_shards(partial / "ema")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

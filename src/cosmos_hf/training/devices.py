@@ -76,8 +76,15 @@ def _check_kind(accelerator: Accelerator):
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process's model may hold a part of the weights only."""
+    """Whether something of the model's state is shared out among the processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def weights_are_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process has a part of the weights only: FSDP2 and ZeRO-3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..data.clips import ResumableSampler
 from .checkpoints import Guard, Progress, TrainingError, checkpoints, newest_checkpoint, save_checkpoint
 from .config import RunConfig
-from .devices import blueprint, full_copy, gradient_norm, is_sharded, reshard, start_accelerator
+from .devices import blueprint, full_copy, gradient_norm, is_sharded, reshard, start_accelerator, weights_are_sharded
 from .ema import PowerEMA
 from .log import Log, peak_memory_gib
 
@@ -103,11 +103,12 @@ class Run:
         prepared = accelerator.prepare(model.train(), *others)
         self._model, self.bare = prepared[0], accelerator.unwrap_model(prepared[0])
         self.ema = PowerEMA(self.bare, config.ema_width) if config.ema_width else None
-        registered = [self.ema] if self.ema and not self._sharded else []
+        whole = not weights_are_sharded(accelerator)
+        registered = [self.ema] if self.ema and whole else []
         accelerator.register_for_checkpointing(scheduler, self.progress, *registered)
         if config.resume and (newest := newest_checkpoint(self.folder)):
             accelerator.load_state(str(newest))
-            if self.ema and self._sharded:
+            if self.ema and not whole:
                 self.ema.load_shards(newest / "ema")
             logger.info("going on from %s at step %d", newest, self.progress.step)
         if config.report_to:
