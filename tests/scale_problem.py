@@ -15,6 +15,7 @@ from transformers import T5EncoderModel
 
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.training.adversarial import fit_adversarial
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.diffusion import (
     DiffusionConfig,
@@ -26,6 +27,7 @@ from cosmos_hf.training.diffusion import (
 )
 from cosmos_hf.training.loop import Run, fit
 from cosmos_hf.training.losses import ReconstructionLoss
+from cosmos_hf.training.tokenizer import build_model as build_tokenizer
 from cosmos_hf.training.tokenizer import export
 
 SETTINGS = dict(
@@ -118,15 +120,26 @@ def read_log(folder) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def note_memory(folder):
-    """Have the next run leave the bytes of its own parts of the state in `memory-<rank>.json`."""
+def run_adversarial(folder, base):
+    """Three steps, two of them with both networks; every process must end with the same weights."""
+    settings = dict(init_from=str(base), adversarial_weight=0.5, discriminator_channels=8, discriminator_warmup=1)
+    config = TokenizerConfig(output_dir=str(folder), max_steps=3, **settings, **SETTINGS)
+    model = build_tokenizer(config)
+    fit_adversarial(model, ReconstructionLoss(config), Videos(), config, collate, export)
+    parts = [torch.zeros(()) for _ in range(2)]
+    torch.distributed.all_gather(parts, sum(p.detach().double().sum() for p in model.parameters()).float())
+    assert parts[0] == parts[1]
+
+
+def note_memory():
+    """Have every run leave the bytes of each process's parts of the state in `memory-<rank>.json`."""
     finish = Run.finish
 
     def finish_and_note(self):
         moments = [t for state in self.accelerator._optimizers[0].state.values() for t in state.values() if t.ndim]
         parts = dict(weights=self.bare.parameters(), optimizer=moments, average=self.ema.average.values())
         held = {name: sum(getattr(t, "_local_tensor", t).nbytes for t in tensors) for name, tensors in parts.items()}
-        (folder / f"memory-{self.accelerator.process_index}.json").write_text(json.dumps(held))
+        (self.folder / f"memory-{self.accelerator.process_index}.json").write_text(json.dumps(held))
         return finish(self)
 
     Run.finish = finish_and_note
@@ -134,6 +147,7 @@ def note_memory(folder):
 
 def pretend_gpus():
     """accelerate does not take processors for FSDP: it would run DDP unsaid. The collectives themselves are gloo's."""
+    AcceleratorState._reset_state()  # whose plugin keeps precision and blocks of the first model
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -145,13 +159,19 @@ if __name__ == "__main__":
     root, kind = Path(sys.argv[1]), sys.argv[2]
     if kind == "FSDP":
         pretend_gpus()
-        note_memory(root)
+        note_memory()
     train = partial(run, batch_size=1, gradient_accumulation=2)
     train(root / "straight", max_steps=4)
     train(root / "cut", max_steps=2)
     train(root / "cut", max_steps=4)
+    if kind == "MULTI_CPU":
+        run_adversarial(root / "adversarial", root / "straight" / "export")
+    AcceleratorState._reset_state()
     if kind == "FSDP":
-        AcceleratorState._reset_state()  # its FSDP plugin keeps the blocks of the first model
+        pretend_gpus()
+    train(root / "bf16", max_steps=2, mixed_precision="bf16")
+    if kind == "FSDP":
+        pretend_gpus()
         run_world(root / "world", max_steps=4)
         run_world(root / "world_cut", max_steps=2)
         run_world(root / "world_cut", max_steps=4)

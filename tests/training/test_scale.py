@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.training.memory import GIB, estimate_memory
@@ -62,12 +63,19 @@ def check(folder: Path, alone: Path):
     for ours, wanted in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-5)
     assert {p.dtype for p in models[0].parameters()} == {torch.float32}
+    for (_, loss, _), (_, wanted, _) in zip(read_log(folder / "bf16"), read_log(alone), strict=False):
+        assert loss != wanted and loss == pytest.approx(wanted, rel=0.03)
+    exported = load_file(folder / "bf16" / "export" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.float32}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.values())
     assert not [file for file in (folder / "straight" / "export").iterdir() if "index" in file.name]
 
 
 def test_ddp(tmp_path, alone):
     launch("ddp", "MULTI_CPU", tmp_path)
     check(tmp_path, alone)
+    lines = [json.loads(line) for line in (tmp_path / "adversarial" / "log.jsonl").read_text().splitlines()]
+    assert ["fooling" in line for line in lines] == [False, True, True]
 
 
 def test_fsdp2(tmp_path, alone):
@@ -76,7 +84,7 @@ def test_fsdp2(tmp_path, alone):
     assert list((tmp_path / "straight" / "checkpoint-00000004").rglob("*.distcp"))
     assert len(read_log(tmp_path / "world")) == 4 and read_log(tmp_path / "world") == read_log(tmp_path / "world_cut")
     assert (tmp_path / "world" / "export" / "text_encoder" / "model.safetensors").exists()
-    held = [json.loads((tmp_path / f"memory-{rank}.json").read_text()) for rank in (0, 1)]
+    held = [json.loads((tmp_path / "straight" / f"memory-{rank}.json").read_text()) for rank in (0, 1)]
     size = sum(p.numel() for p in CosmosVideoTokenizer(**PRESETS["tiny"]).parameters())
     told = estimate_memory(size, "fsdp2", 2)
     for name in held[0]:  # shards are padded to equal rows, and a scalar's other half is empty

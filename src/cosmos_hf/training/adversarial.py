@@ -93,9 +93,9 @@ def fit_adversarial(
             if warm:
                 result = reconstruct(model, video)
                 total, logs = loss.compare(result, video)
-                discriminator.requires_grad_(False)
-                fooling = -discriminator(result).mean()
-                discriminator.requires_grad_(True)
+                judge_network.requires_grad_(False)  # bare: DDP would wait for its gradients
+                fooling = -judge_network(result).mean()
+                judge_network.requires_grad_(True)
                 weight = config.adversarial_weight * adaptive_weight(total, fooling, last_layer)
                 total = total + weight * fooling
                 run.guard.check_loss(total)

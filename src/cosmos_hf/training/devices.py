@@ -7,10 +7,12 @@ processes and the optimizer's state are float32, and the network's matrix produc
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, convert_outputs_to_fp32
 from torch import nn
 
 from .config import RunConfig
@@ -85,6 +87,30 @@ def weights_are_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def compute_in_16_bits(accelerator: Accelerator, model: nn.Module, config: RunConfig):
+    """Autocast around the prepared model's forward, with float32 results, where accelerate does not see to it itself."""
+    if config.mixed_precision == "no" or not is_sharded(accelerator):
+        return
+    forward = model.forward
+
+    def forward_under_autocast(*args, **kwargs):
+        with accelerator.autocast() if accelerator.is_fsdp2 else nullcontext():  # DeepSpeed's engine has its own
+            return forward(*args, **kwargs)
+
+    model.forward = convert_outputs_to_fp32(forward_under_autocast)
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model computes in float32, as one that is loaded will, without accelerate's autocast."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield model
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:

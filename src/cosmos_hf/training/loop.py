@@ -25,7 +25,17 @@ from tqdm import tqdm
 from ..data.clips import ResumableSampler
 from .checkpoints import Guard, Progress, TrainingError, checkpoints, newest_checkpoint, save_checkpoint
 from .config import RunConfig
-from .devices import blueprint, full_copy, gradient_norm, is_sharded, reshard, start_accelerator, weights_are_sharded
+from .devices import (
+    blueprint,
+    compute_in_16_bits,
+    full_copy,
+    gradient_norm,
+    is_sharded,
+    plain_forward,
+    reshard,
+    start_accelerator,
+    weights_are_sharded,
+)
 from .ema import PowerEMA
 from .log import Log, peak_memory_gib
 
@@ -102,6 +112,7 @@ class Run:
         self._plan = blueprint(model) if self._sharded else None
         prepared = accelerator.prepare(model.train(), *others)
         self._model, self.bare = prepared[0], accelerator.unwrap_model(prepared[0])
+        compute_in_16_bits(accelerator, self.bare, config)
         self.ema = PowerEMA(self.bare, config.ema_width) if config.ema_width else None
         whole = not weights_are_sharded(accelerator)
         registered = [self.ema] if self.ema and whole else []
@@ -193,7 +204,8 @@ class Run:
         with evaluating(self.bare, self.ema):
             whole = full_copy(self.accelerator, self._model, self._plan) if self._sharded else self.bare
             if self.accelerator.is_main_process:
-                self._export(whole.eval(), self.folder / "export")
+                with plain_forward(whole.eval()):
+                    self._export(whole, self.folder / "export")
         self._exported = True
 
 
