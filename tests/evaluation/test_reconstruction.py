@@ -1,6 +1,7 @@
 """Figures of reconstructions: known damage, means with intervals, refusals."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -41,6 +42,48 @@ def test_perceptual_distance_under_its_own_name(clips):
     one = evaluate_reconstruction(lambda video: video, clips[:1], PerceptualDistance())
     other = evaluate_reconstruction(lambda video: video.mean() + 0 * video, clips[:1], PerceptualDistance())
     assert one["summary"]["epd"]["mean"] < 1e-5 < other["summary"]["epd"]["mean"]
+
+
+@pytest.fixture
+def moving():
+    """Three clips of 9 frames: a texture that moves by two pixels a frame."""
+    clips = []
+    for i in range(3):
+        texture = torch.rand(3, 1, 32, 48)
+        frames = torch.cat([texture.roll(2 * t + i, 3) for t in range(9)], 1)
+        clips.append({"video": (frames * 200 + 25).to(torch.uint8), "key": f"m{i}"})
+    return clips
+
+
+@pytest.mark.parametrize("shift", [1, -1, 2])
+def test_a_shifted_reconstruction_is_noticed(moving, shift):
+    """One that lags (roll by +1: frame t holds what was at t - 1), one that is early, one by two; also where it is noisy."""
+
+    def shifted(video):
+        return (video.roll(shift, 2) + 0.2 * torch.randn_like(video)).clamp(-1, 1)
+
+    with pytest.raises(ValueError, match=re.escape(f"reconstruction fits frame t {-shift:+d} of the video")):
+        evaluate_reconstruction(shifted, moving)
+    report = evaluate_reconstruction(shifted, moving, allow_shift=True)
+    assert [row["frame_offset"] for row in report["clips"]] == [-shift] * 3 and report["alignment"] == {str(-shift): 3}
+
+
+def test_a_noisy_and_a_still_reconstruction_are_not_shifted(moving, clips):
+    report = evaluate_reconstruction(lambda video: (video + 0.5 * torch.randn_like(video)).clamp(-1, 1), moving)
+    assert report["alignment"] == {"0": 3}
+    still = [{"video": clip["video"][:, :1].expand(-1, 5, -1, -1), "key": "still"} for clip in clips]
+    assert evaluate_reconstruction(lambda video: video.roll(1, 2), still)["alignment"] == {"0": 3}
+
+
+def test_frechet_distances_under_their_names(moving):
+    class Colours:
+        metric = "colours"
+
+        def __call__(self, video):
+            return video.mean((3, 4)).transpose(1, 2).flatten(0, 1)
+
+    report = evaluate_reconstruction(lambda video: (video + 0.1).clamp(-1, 1), moving, extractors=[Colours()])
+    assert report["frechet"]["colours"] == {"distance": pytest.approx(0.03, rel=0.2), "count": 27, "features": 3}
 
 
 def test_single_frames_have_no_flicker(clips):

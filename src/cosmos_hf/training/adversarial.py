@@ -6,40 +6,20 @@ strong as the reconstruction term times `adversarial_weight` whatever their scal
 fit `loop.fit`, so this stage has its own loop, of the same parts.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from ..data.clips import ResumableSampler
-from ..data.video import to_float
-from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.tokenizer_kinds import Tokenizer, codes_images, reconstruct
 from .config import TokenizerConfig
-from .ema import PowerEMA
-from .loop import (
-    Log,
-    Progress,
-    Stop,
-    check_finite,
-    check_norm,
-    evaluating,
-    learning_rate_factor,
-    newest_checkpoint,
-    peak_memory_gib,
-    reseed,
-    save_checkpoint,
-    to_device,
-)
+from .devices import is_sharded
+from .loop import Run, build_optimizer, learning_rate_factor
 from .losses import ReconstructionLoss
-
-logger = logging.getLogger(__name__)
 
 
 class PatchDiscriminator(nn.Module):
@@ -78,7 +58,7 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
 
 
 def fit_adversarial(
-    model: CosmosVideoTokenizer,
+    model: Tokenizer,
     loss: ReconstructionLoss,
     dataset: Dataset,
     config: TokenizerConfig,
@@ -89,98 +69,63 @@ def fit_adversarial(
     """As `loop.fit`, with a discriminator: it learns alone for `discriminator_warmup` steps, then the two learn in turn.
 
     Start from a tokenizer of the earlier stages (`init_from`). Its encoder learns, too, unless `freeze_encoder`.
+    Raises ValueError under FSDP and DeepSpeed, which would shard two networks as one: launch it with DDP.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.report_to or None, project_dir=config.output_dir
-    )
-    world, folder = accelerator.num_processes, Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.freeze_encoder:
-        model.encoder.requires_grad_(False)
-        model.quant_conv.requires_grad_(False)
-    discriminator = PatchDiscriminator(config.discriminator_channels)
-    settings = dict(betas=(config.beta1, config.beta2), eps=config.epsilon, weight_decay=config.weight_decay)
+    run = Run(config, export, validate)
+    accelerator, clip = run.accelerator, run.accelerator.clip_grad_norm_
+    if is_sharded(accelerator):
+        raise ValueError("the adversarial stage runs in one process or under DDP (training/launch/ddp.yaml)")
+    judge_network = PatchDiscriminator(config.discriminator_channels)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, **settings)
-    judge = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate, **settings)
     own_steps = replace(config, max_steps=max(1, config.max_steps - config.discriminator_warmup))
+    optimizer = build_optimizer(trained, config, config.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(own_steps))
-    model, discriminator, optimizer, judge = accelerator.prepare(model.train(), discriminator, optimizer, judge)
-    bare, progress = accelerator.unwrap_model(model), Progress()
-    last_layer = list(bare.decoder.conv_out.parameters())[-2]  # the weight; the last is its bias
-    ema = PowerEMA(bare, config.ema_width) if config.ema_width else None
-    accelerator.register_for_checkpointing(scheduler, progress, *([ema] if ema else []))
-    if config.resume and (newest := newest_checkpoint(folder)):
-        accelerator.load_state(str(newest))
-        logger.info("going on from %s at step %d", newest, progress.step)
-    if config.report_to:
-        accelerator.init_trackers("cosmos_hf")
+    judge = build_optimizer(list(judge_network.parameters()), config, config.discriminator_learning_rate)
+    model, discriminator, optimizer, judge = run.prepare(model, judge_network, optimizer, judge, scheduler=scheduler)
+    last_layer = list(run.bare.decoder.conv_out.parameters())[-2]  # the weight; the last is its bias
 
-    sampler = ResumableSampler(len(dataset), config.seed, progress.samples, accelerator.process_index, world)
-    loader = DataLoader(
-        dataset, config.batch_size, sampler=sampler, collate_fn=collate, num_workers=config.num_workers
-    )
-    batches, log, per_step = iter(loader), Log(folder / "log.jsonl", accelerator), config.batch_size * world
-    disable = not (config.progress and accelerator.is_main_process)
-    bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=disable)
-    with bar, Stop(config.max_minutes) as stop:
-        while progress.step < config.max_steps and not stop.wanted(accelerator):
-            reseed(config.seed, accelerator.process_index, progress.step)
-            video = loss.draw(to_float(to_device(next(batches), accelerator.device)["video"]))
-            warm = progress.step >= config.discriminator_warmup
+    with run.steps(dataset, collate) as batches:
+        while run.wanted():
+            video = loss.draw(next(batches), only_images=codes_images(model))
+            warm = run.progress.step >= config.discriminator_warmup
 
             # 1. The tokenizer, once the discriminator knows something
             if warm:
-                result = model(video).sample
+                result = reconstruct(model, video)
                 total, logs = loss.compare(result, video)
-                discriminator.requires_grad_(False)
-                fooling = -discriminator(result).mean()
-                discriminator.requires_grad_(True)
+                judge_network.requires_grad_(False)  # bare: DDP would wait for its gradients
+                fooling = -judge_network(result).mean()
+                judge_network.requires_grad_(True)
                 weight = config.adversarial_weight * adaptive_weight(total, fooling, last_layer)
                 total = total + weight * fooling
-                check_finite(total, progress, folder)
+                run.guard.check_loss(total)
                 accelerator.backward(total)
-                norm = accelerator.clip_grad_norm_(trained, config.clip_norm)
-                check_norm(norm, config, progress, folder)
+                norm = clip(trained, config.clip_norm)
+                run.guard.check_norm(norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                log.add(loss=total.detach(), fooling=fooling.detach(), adaptive_weight=weight, grad_norm=norm, **logs)
+                run.log.add(
+                    loss=total.detach(), fooling=fooling.detach(), adaptive_weight=weight, grad_norm=norm, **logs
+                )
+                run.log.add(**loss.code_figures())
                 result = result.detach()
             else:
                 with torch.no_grad():
-                    result = bare(video).sample
+                    result = reconstruct(run.bare, video)
 
             # 2. The discriminator, on the same clips
-            scores = discriminator(torch.cat([video, result]))
-            real, fake = scores.chunk(2)
+            real, fake = discriminator(torch.cat([video, result])).chunk(2)
             judgement = hinge_loss(real, fake)
-            check_finite(judgement, progress, folder)
+            run.guard.check_loss(judgement)
             accelerator.backward(judgement)
-            accelerator.clip_grad_norm_(discriminator.parameters(), config.clip_norm)
+            clip(discriminator.parameters(), config.clip_norm)
             judge.step()
             judge.zero_grad(set_to_none=True)
-            log.add(discriminator=judgement.detach(), real=real.detach().mean(), fake=fake.detach().mean())
+            run.log.add(discriminator=judgement.detach(), real=real.detach().mean(), fake=fake.detach().mean())
 
-            # 3. State, log, checkpoint
-            if warm:
+            # 3. The tokenizer's schedule and average count its own steps only
+            stepped = warm and not optimizer.step_was_skipped
+            if stepped:
                 scheduler.step()
-            progress.step += 1
-            progress.samples += per_step
-            if ema and warm:
-                ema.update(bare)
-            bar.update()
-            if progress.step % config.log_every == 0:
-                rate = per_step * log.steps_per_second(config.log_every)
-                log.write(progress.step, samples_per_second=rate, peak_gib=peak_memory_gib())
-            if validate and config.validate_every and progress.step % config.validate_every == 0:
-                with evaluating(bare, ema):
-                    log.write(progress.step, **{f"val_{name}": value for name, value in validate(bare).items()})
-            if progress.step % config.checkpoint_every == 0:
-                save_checkpoint(accelerator, folder, progress.step, config.keep_checkpoints)
-
-        save_checkpoint(accelerator, folder, progress.step, config.keep_checkpoints)
-        if accelerator.is_main_process:
-            with evaluating(bare, ema):
-                export(bare, folder / "export")
-    accelerator.wait_for_everyone()
-    return log.last
+            run.finish_step(stepped, lr=scheduler.get_last_lr()[0])
+        return run.finish()

@@ -84,11 +84,15 @@ class RunConfig:
 class TokenizerConfig(RunConfig):
     """A run of `training/train_tokenizer.py`. The weights are those of the terms in `losses`; 0 leaves a term out."""
 
+    kind: str = field(default="", metadata={"help": "video or image; empty: the kind whose presets have `preset`"})
     num_frames: int = field(default=17, metadata={"help": "length of the windows"})
     crop_height: int = field(default=0, metadata={"help": "random crop; 0: the whole frame"})
     crop_width: int = 0
     image_share: float = field(default=0.0, metadata={"help": "share of steps on single frames instead of clips"})
-    images_per_clip: int = field(default=4, metadata={"help": "how many frames of each clip such a step takes"})
+    images_per_clip: int = field(default=4, metadata={"help": "how many images such a step takes for each clip"})
+    image_data: list[str] = field(
+        default_factory=list, metadata={"help": "folders of pictures for such steps; none: frames of the clips"}
+    )
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     perceptual_weight: float = 0.0
@@ -98,11 +102,16 @@ class TokenizerConfig(RunConfig):
     lpips_weights: str = field(default="", metadata={"help": "LPIPS's weights/v0.1/vgg.pth, to make it LPIPS itself"})
     gram_weight: float = 0.0
     temporal_weight: float = field(default=0.0, metadata={"help": "of the error of frame differences"})
+    flow_weight: float = field(default=0.0, metadata={"help": "of the error's change along the optical flow"})
+    flow_frames: int = field(default=5, metadata={"help": "length of the stretch of a clip that the flow term sees"})
+    flow_estimator: str = field(default="dis", metadata={"help": "dis, or module:name of an estimator of your own"})
     adversarial_weight: float = field(default=0.0, metadata={"help": "above 0: the adversarial stage"})
     discriminator_channels: int = 64
     discriminator_learning_rate: float = 1e-4
     discriminator_warmup: int = field(default=1000, metadata={"help": "steps in which only the discriminator learns"})
-    freeze_encoder: bool = field(default=False, metadata={"help": "adversarial stage: train the decoder only"})
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "train the decoder only: the latents stay as they are"}
+    )
     val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
 
     def __post_init__(self):
@@ -111,15 +120,22 @@ class TokenizerConfig(RunConfig):
             raise ValueError("give crop_height and crop_width together")
         if not 0 <= self.image_share <= 1:
             raise ValueError(f"image_share must be in [0, 1], got {self.image_share}")
-        names = [name for name in vars(self) if name.endswith("_weight")]
-        if min(getattr(self, name) for name in names) < 0 or not any(getattr(self, name) for name in names[:5]):
-            raise ValueError(f"{', '.join(names)} must be >= 0, and one of them above 0")
+        if self.kind not in ("", "video", "image"):
+            raise ValueError(f"kind must be video, image or empty, got {self.kind!r}")
+        weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
+        adversarial = weights.pop("adversarial_weight")
+        if min(*weights.values(), adversarial) < 0 or not any(weights.values()):
+            raise ValueError(f"{', '.join(weights)} must be >= 0, and one of them above 0; adversarial_weight >= 0")
+        if self.flow_weight and self.flow_frames < 2:
+            raise ValueError(f"flow_frames must be at least 2, got {self.flow_frames}")
         if self.adversarial_weight and not self.init_from:
             raise ValueError("the adversarial stage starts from a trained tokenizer: give init_from")
         if self.adversarial_weight and self.gradient_accumulation > 1:
             raise ValueError("the adversarial stage has no gradient_accumulation: raise batch_size")
-        if self.freeze_encoder and not self.adversarial_weight:
-            raise ValueError("freeze_encoder belongs to the adversarial stage (adversarial_weight above 0)")
+        if self.adversarial_weight and self.mixed_precision == "fp16":
+            raise ValueError("the adversarial stage compares gradients, which fp16 would round to 0: take bf16 or no")
+        if self.freeze_encoder and not self.init_from:
+            raise ValueError("freeze_encoder keeps the encoder of a trained tokenizer: give init_from")
 
 
 def parse(cls: type[RunConfig], argv: list[str] | None = None) -> RunConfig:

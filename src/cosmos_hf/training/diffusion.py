@@ -86,6 +86,9 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         self.transformer, self.text_encoder, self.uncertainty = transformer, text_encoder, uncertainty
+        # What FSDP gathers as one.
+        parts = [part for part in (transformer, text_encoder) if part is not None]
+        self._no_split_modules = [name for part in parts for name in part._no_split_modules or []]
 
     def forward(self, hidden_states, timestep, text, keep, fps, condition_mask):
         """Raw output [B, C, T', H', W'] and log variance [B] (None without uncertainty).

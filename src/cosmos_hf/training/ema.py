@@ -6,10 +6,13 @@ half-life has to be chosen beforehand: gamma is the largest root of (gamma + 1)^
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from .devices import own_part
 
 
 def gamma_from_width(s: float) -> float:
@@ -21,7 +24,7 @@ def gamma_from_width(s: float) -> float:
 
 
 class PowerEMA:
-    """A float32 average of a module's trainable parameters.
+    """A float32 average of a module's trainable parameters. Where they are sharded, each process averages its own part.
 
     Args:
         module: what to follow; the parameters' names identify them.
@@ -30,7 +33,7 @@ class PowerEMA:
 
     def __init__(self, module: nn.Module, s: float = 0.1):
         self.gamma, self.step = gamma_from_width(s), 0
-        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {n: own_part(p).float().clone() for n, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module):
@@ -39,12 +42,12 @@ class PowerEMA:
         self.step += 1
         for name, parameter in module.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.detach().float().to(self.average[name].device), 1 - beta)
+                self.average[name].lerp_(own_part(parameter).float().to(self.average[name].device), 1 - beta)
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[nn.Module]:
         """Inside the block the module has the averaged weights."""
-        own = {name: p.detach().clone() for name, p in module.named_parameters() if name in self.average}
+        own = {name: own_part(p).clone() for name, p in module.named_parameters() if name in self.average}
         self._copy(self.average, module)
         try:
             yield module
@@ -56,7 +59,7 @@ class PowerEMA:
     def _copy(weights: dict[str, torch.Tensor], module: nn.Module):
         for name, parameter in module.named_parameters():
             if name in weights:
-                parameter.copy_(weights[name])
+                own_part(parameter).copy_(weights[name])
 
     def state_dict(self) -> dict:
         return {"step": self.step, "gamma": self.gamma, "average": self.average}
@@ -70,3 +73,27 @@ class PowerEMA:
         self.step, self.gamma = state["step"], state["gamma"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+    def save_shards(self, folder: Path):
+        """Write the parts of all processes; all must call it."""
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(self._shards(), checkpoint_id=folder)
+
+    def load_shards(self, folder: Path):
+        """Read what `save_shards` wrote: under FSDP2 with any number of processes, under ZeRO-3 with the same number."""
+        import torch.distributed.checkpoint as dcp
+
+        state = self._shards()
+        dcp.load(state, checkpoint_id=folder)  # in place
+        self.step = int(state["step"])
+
+    def _shards(self) -> dict[str, torch.Tensor]:
+        """A DTensor knows its place in the whole; the plain parts of other processes differ and need names of their own."""
+        from torch.distributed.tensor import DTensor
+
+        place = f"{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}"
+        state = {"step": torch.tensor(self.step)}
+        for name, value in self.average.items():
+            state[name if isinstance(value, DTensor) else f"{place}.{name}"] = value
+        return state

@@ -1,39 +1,47 @@
 """The training loop: one visible function. What is trained is a module and a `compute_loss(model, batch) -> (loss, logs)`.
 
 A run can be cut at any time and goes on exactly: the data order is a function of the position (`ResumableSampler`), and
-the random draws of a step are seeded by (seed, rank, micro-step). Traps of accelerate worth knowing here:
-`accelerate launch --cpu --num_processes 2` starts one process (use torchrun with ACCELERATE_USE_CPU=true), and
-`save_state` must be called by all processes.
+the random draws of a step are seeded by (seed, rank, micro-step). It runs on one device, under DDP, FSDP2, ZeRO-2 and
+ZeRO-3 (`training/launch/`); traps of accelerate worth knowing: `accelerate launch --cpu --num_processes 2` starts one process
+(use torchrun with ACCELERATE_USE_CPU=true), and `save_state` must be called by all processes.
 """
 
-import json
 import logging
 import math
-import resource
-import shutil
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.clips import ResumableSampler
+from .checkpoints import Guard, Progress, TrainingError, checkpoints, newest_checkpoint, save_checkpoint
 from .config import RunConfig
+from .devices import (
+    blueprint,
+    compute_in_16_bits,
+    full_copy,
+    gradient_norm,
+    is_sharded,
+    plain_forward,
+    reshard,
+    start_accelerator,
+    weights_are_sharded,
+)
 from .ema import PowerEMA
+from .log import Log, peak_memory_gib
+
+__all__ = ["Run", "TrainingError", "checkpoints", "fit", "learning_rate_factor", "newest_checkpoint", "to_device"]
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """The run must not go on: a loss that is no number, an exploding gradient, an export that does not reload."""
 
 
 def fit(
@@ -48,100 +56,164 @@ def fit(
     """Train, log to `output_dir/log.jsonl`, keep checkpoints, and write `output_dir/export`, which `from_pretrained` reads.
 
     `export(model, folder)` saves the model and must raise where a reloaded copy does not agree; it is tried at the first
-    checkpoint, so that a run cannot end with something that does not load. `validate(model)` returns figures to log.
-    Both see the averaged weights where an EMA is kept. Returns the last logged figures.
+    checkpoint, so that a run cannot end with something that does not load. Where the weights are sharded it gets a whole copy
+    on the CPU. `validate(model)` returns figures to log and is called by all processes, which must go through the model's
+    `forward`. Both see the averaged weights where an EMA is kept. Returns the last logged figures.
 
     Raises TrainingError for a loss that is not finite or a gradient norm above `max_grad_norm_before_stop`; the message
     names the last good checkpoint.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=1,  # counted below, since accelerate also steps at the end of an epoch
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    world, folder = accelerator.num_processes, Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-    )
+    run = Run(config, export, validate)
+    accelerator, micro_steps = run.accelerator, config.gradient_accumulation
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config, config.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config))
-    model, optimizer = accelerator.prepare(model.train(), optimizer)
-    bare, progress = accelerator.unwrap_model(model), Progress()
-    ema = PowerEMA(bare, config.ema_width) if config.ema_width else None
-    accelerator.register_for_checkpointing(scheduler, progress, *([ema] if ema else []))
-    if config.resume and (newest := newest_checkpoint(folder)):
-        accelerator.load_state(str(newest))
-        logger.info("going on from %s at step %d", newest, progress.step)
-    if config.report_to:
-        settings = {k: v for k, v in vars(config).items() if not isinstance(v, list)}
-        accelerator.init_trackers("cosmos_hf", config=settings)
-
-    sampler = ResumableSampler(len(dataset), config.seed, progress.samples, accelerator.process_index, world)
-    loader = DataLoader(
-        dataset, config.batch_size, sampler=sampler, collate_fn=collate, num_workers=config.num_workers
-    )
-    batches, log, exported = iter(loader), Log(folder / "log.jsonl", accelerator), False
-    per_step = config.batch_size * config.gradient_accumulation * world
-    bar = tqdm(
-        total=config.max_steps,
-        initial=progress.step,
-        unit="step",
-        disable=not (config.progress and accelerator.is_main_process),
-    )
-    with bar, Stop(config.max_minutes) as stop:
-        while progress.step < config.max_steps and not stop.wanted(accelerator):
-            for micro in range(config.gradient_accumulation):
-                batch = to_device(next(batches), accelerator.device)
-                reseed(config.seed, accelerator.process_index, progress.step * config.gradient_accumulation + micro)
-                last = micro == config.gradient_accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model):
+    model, optimizer = run.prepare(model, optimizer, scheduler=scheduler)
+    with run.steps(dataset, collate) as batches:
+        while run.wanted():
+            for micro in range(micro_steps):
+                batch = next(batches)
+                with run.micro_step(model, last=micro == micro_steps - 1):
                     loss, logs = compute_loss(model, batch)
-                    check_finite(loss, progress, folder)
-                    accelerator.backward(loss / config.gradient_accumulation)
-                log.add(loss=loss.detach(), **logs)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            check_norm(norm, config, progress, folder)
+                    run.guard.check_loss(loss)
+                    accelerator.backward(loss / micro_steps)
+                run.log.add(loss=loss.detach(), **logs)
+            norm = gradient_norm(accelerator, model.parameters(), config.clip_norm)
+            run.guard.check_norm(norm)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.step += 1
-            progress.samples += per_step
-            if ema:
-                ema.update(bare)
-            bar.update()
-            log.add(grad_norm=norm.detach())
+            stepped = not accelerator.optimizer_step_was_skipped  # as at an overflow in fp16
+            if stepped:
+                scheduler.step()
+                run.log.add(grad_norm=norm)
+            run.finish_step(stepped, lr=scheduler.get_last_lr()[0])
+        return run.finish()
 
-            if progress.step % config.log_every == 0:
-                rate = per_step * log.steps_per_second(config.log_every)
-                figures = dict(samples_per_second=rate, peak_gib=peak_memory_gib())
-                log.write(progress.step, lr=scheduler.get_last_lr()[0], **figures)
-                bar.set_postfix(loss=f"{log.last['loss']:.4f}")
-            if validate and config.validate_every and progress.step % config.validate_every == 0:
-                with evaluating(bare, ema):
-                    log.write(progress.step, **_prefixed("val_", validate(bare)))
-            if progress.step % config.checkpoint_every == 0:
-                save_checkpoint(accelerator, folder, progress.step, config.keep_checkpoints)
-                if not exported and accelerator.is_main_process:
-                    with evaluating(bare, ema):
-                        export(bare, folder / "export")
-                    exported = True
 
-        save_checkpoint(accelerator, folder, progress.step, config.keep_checkpoints)
-        if accelerator.is_main_process:
-            with evaluating(bare, ema):
-                export(bare, folder / "export")
-                if validate:
-                    log.write(progress.step, **_prefixed("val_", validate(bare)))
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:  # not end_training, which would end the process group, too
-        tracker.finish()
-    logger.info("stopped at step %d of %d", progress.step, config.max_steps)
-    return log.last
+class Run:
+    """What every loop shares: devices, data order, position, average of the weights, log, checkpoints, export.
+
+    In this order: `prepare`, then within `steps` for every step `wanted`, the batches and `finish_step`, and at last `finish`.
+    """
+
+    def __init__(self, config: RunConfig, export: Callable, validate: Callable | None):
+        self.config, self.folder = config, Path(config.output_dir)
+        self._export, self._validate, self._exported = export, validate, False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator = start_accelerator(config)
+        self.progress = Progress()
+        self.guard = Guard(config, self.progress)
+        self.log = Log(self.folder / "log.jsonl", self.accelerator)
+        self._per_step = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+
+    def prepare(self, model: nn.Module, *others, scheduler) -> tuple:
+        """`accelerator.prepare` of the model that is exported and of what trains with it; then the newest checkpoint."""
+        accelerator, config = self.accelerator, self.config
+        self._sharded = is_sharded(accelerator)
+        self._plan = blueprint(model) if self._sharded else None
+        prepared = accelerator.prepare(model.train(), *others)
+        self._model, self.bare = prepared[0], accelerator.unwrap_model(prepared[0])
+        compute_in_16_bits(accelerator, self.bare, config)
+        self.ema = PowerEMA(self.bare, config.ema_width) if config.ema_width else None
+        whole = not weights_are_sharded(accelerator)
+        registered = [self.ema] if self.ema and whole else []
+        accelerator.register_for_checkpointing(scheduler, self.progress, *registered)
+        if config.resume and (newest := newest_checkpoint(self.folder)):
+            accelerator.load_state(str(newest))
+            if self.ema and not whole:
+                self.ema.load_shards(newest / "ema")
+            logger.info("going on from %s at step %d", newest, self.progress.step)
+        if config.report_to:
+            settings = {k: v for k, v in vars(config).items() if not isinstance(v, list)}
+            accelerator.init_trackers("cosmos_hf", config=settings)
+        return prepared
+
+    @contextmanager
+    def steps(self, dataset: Dataset, collate: Callable[[list], dict]) -> Iterator[Iterator[dict]]:
+        """The batches from the run's position on, each on the device and with its own seed set; a bar; signals caught."""
+        config, accelerator = self.config, self.accelerator
+        disable = not (config.progress and accelerator.is_main_process)
+        self._bar = tqdm(total=config.max_steps, initial=self.progress.step, unit="step", disable=disable)
+        with self._bar, Stop(config.max_minutes) as self._stop:
+            yield self._batches(dataset, collate)
+
+    def _batches(self, dataset, collate) -> Iterator[dict]:
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        sampler = ResumableSampler(len(dataset), config.seed, self.progress.samples, rank, world)
+        loader = DataLoader(
+            dataset, config.batch_size, sampler=sampler, collate_fn=collate, num_workers=config.num_workers
+        )
+        micro = self.progress.step * config.gradient_accumulation
+        for number, batch in enumerate(loader, micro):
+            batch = to_device(batch, self.accelerator.device)
+            reseed(config.seed, rank, number)
+            yield batch
+
+    def wanted(self) -> bool:
+        return self.progress.step < self.config.max_steps and not self._stop.wanted(self.accelerator)
+
+    @contextmanager
+    def micro_step(self, model: nn.Module, last: bool):
+        """Gradients are exchanged at the last micro-step of a step only."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.gradient_state._set_sync_gradients(last)  # its backward steps where this is set
+        with nullcontext() if last else accelerator.no_sync(model):
+            yield
+
+    def finish_step(self, stepped: bool = True, **figures):
+        """After the optimizer: count, average (where it stepped), log, validate, checkpoint."""
+        config, progress = self.config, self.progress
+        progress.step += 1
+        progress.samples += self._per_step
+        if self.ema and stepped:
+            self.ema.update(self.bare)
+        self._bar.update()
+        if progress.step % config.log_every == 0:
+            rate = self._per_step * self.log.steps_per_second(config.log_every)
+            self.log.write(progress.step, **figures, samples_per_second=rate, peak_gib=peak_memory_gib())
+            if "loss" in self.log.last:
+                self._bar.set_postfix(loss=f"{self.log.last['loss']:.4f}")
+        if self._validate and config.validate_every and progress.step % config.validate_every == 0:
+            self._measure()
+        if progress.step % config.checkpoint_every == 0:
+            self._save()
+            if not self._exported:
+                self._write_export()
+
+    def finish(self) -> dict:
+        """Last checkpoint, export and validation; returns the last logged figures."""
+        self._save()
+        self._write_export()
+        if self._validate:
+            self._measure()
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:  # not end_training, which would end the process group, too
+            tracker.finish()
+        logger.info("stopped at step %d of %d", self.progress.step, self.config.max_steps)
+        return self.log.last
+
+    def _save(self):
+        save_checkpoint(self.accelerator, self.folder, self.progress.step, self.config.keep_checkpoints, self.ema)
+
+    def _measure(self):
+        with evaluating(self.bare, self.ema):
+            figures = self._validate(self.bare)
+        self.log.write(self.progress.step, **{f"val_{name}": value for name, value in figures.items()})
+
+    def _write_export(self):
+        with evaluating(self.bare, self.ema):
+            whole = full_copy(self.accelerator, self._model, self._plan) if self._sharded else self.bare
+            if self.accelerator.is_main_process:
+                with plain_forward(whole.eval()):
+                    self._export(whole, self.folder / "export")
+        self._exported = True
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: RunConfig, learning_rate: float) -> torch.optim.AdamW:
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=betas, eps=config.epsilon, weight_decay=config.weight_decay
+    )
 
 
 @contextmanager
@@ -150,6 +222,7 @@ def evaluating(model: nn.Module, ema: PowerEMA | None):
     model.eval()
     with ema.swapped_in(model) if ema else nullcontext():
         yield
+        reshard(model)
     model.train()
 
 
@@ -188,22 +261,6 @@ def to_device(batch: dict, device) -> dict:
     return {name: move(value) for name, value in batch.items()}
 
 
-# ---- state -------------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Optimizer steps done and samples consumed by all processes; saved with every checkpoint."""
-
-    def __init__(self):
-        self.step = self.samples = 0
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict):
-        vars(self).update(state)
-
-
 class Stop:
     """A time budget, and SIGTERM and SIGINT: the run ends after the current step with a checkpoint."""
 
@@ -231,89 +288,3 @@ class Stop:
         if accelerator.num_processes == 1:
             return mine
         return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "max"))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-????????"))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    return (checkpoints(folder) or [None])[-1]
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int):
-    """Everything a run needs to go on exactly; it gets its name when it is complete, then older ones go."""
-    final, partial = folder / f"checkpoint-{step:08d}", folder / "checkpoint-partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-
-
-def check_finite(loss: torch.Tensor, progress: Progress, folder: Path):
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()} at step {progress.step}. {_advice(folder)}")
-
-
-def check_norm(norm: torch.Tensor, config: RunConfig, progress: Progress, folder: Path):
-    if not torch.isfinite(norm) or norm > config.max_grad_norm_before_stop:
-        raise TrainingError(f"gradient norm {norm.item():.3g} at step {progress.step}. {_advice(folder)}")
-
-
-def _advice(folder: Path) -> str:
-    newest = newest_checkpoint(folder)
-    last = f"The last good checkpoint is {newest}" if newest else "There is no checkpoint yet"
-    return f"{last}; lower the learning rate, raise warmup_steps or look at the data before going on."
-
-
-# ---- log ---------------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """Means since the last line, one JSON object a line; also to accelerate's trackers."""
-
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self._path, self._accelerator, self._sums = path, accelerator, defaultdict(list)
-        self._clock, self.last = time.monotonic(), {}
-
-    def add(self, **values):
-        for name, value in values.items():
-            self._sums[name].append(float(value))
-
-    def steps_per_second(self, steps: int) -> float:
-        now = time.monotonic()
-        spent, self._clock = now - self._clock, now
-        return steps / spent
-
-    def write(self, step: int, **values):
-        """NaN stands for "none in this window" (a noise band that was not drawn) and is left out."""
-        means = {}
-        for name, items in self._sums.items():
-            items = [item for item in items if not math.isnan(item)]
-            if items:
-                means[name] = sum(items) / len(items)
-        self._sums.clear()
-        means |= {name: float(value) for name, value in values.items()}
-        self.last |= means
-        if self._accelerator.is_main_process:
-            rounded = {name: float(f"{value:.6g}") for name, value in means.items()}
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "time": round(time.time()), **rounded}) + "\n")
-        self._accelerator.log(means, step=step)
-
-
-def _prefixed(prefix: str, values: dict) -> dict:
-    return {prefix + name: value for name, value in values.items()}
-
-
-def peak_memory_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
