@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..conditioning.camera import crop_intrinsics, fit_intrinsics
 from .video import Clip, count_frames, read_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -86,7 +87,8 @@ class SampleReader:
         if "masks" in sample:
             sample["masks"] = sample["masks"][:, rows, columns]
         if "camera" in sample:
-            sample["camera"] = _moved_camera(sample["camera"], 1.0, left, top)
+            camera = sample["camera"]
+            sample["camera"] = camera | {"intrinsics": crop_intrinsics(camera["intrinsics"], top, left)}
         return sample
 
     def text(self, files: dict[str, bytes | Path], key: str) -> tuple[str, dict]:
@@ -137,10 +139,10 @@ class SampleReader:
 
     def _resize_geometry(self, sample: dict, height: int, width: int):
         """Camera and masks follow what `fit_image` did to frames of height x width."""
-        scale = max(self.size[0] / height, self.size[1] / width)
         if "camera" in sample:
-            left, top = (scale * width - self.size[1]) / 2, (scale * height - self.size[0]) / 2
-            sample["camera"] = _moved_camera(sample["camera"], scale, left, top)
+            camera = sample["camera"]
+            intrinsics = fit_intrinsics(camera["intrinsics"], (height, width), self.size)
+            sample["camera"] = camera | {"intrinsics": intrinsics}
         if "masks" in sample:
             target = self.size[1], self.size[0]
             masks = [
@@ -181,11 +183,3 @@ def _window_arrays(sample: dict, window: slice):
             sample[name] = sample[name][window.start : window.stop - 1]
     if "camera" in sample:
         sample["camera"] = sample["camera"] | {"extrinsics": sample["camera"]["extrinsics"][window]}
-
-
-def _moved_camera(camera: dict, scale: float, left: float, top: float) -> dict:
-    """The camera of a picture that was enlarged by `scale` and then cut at (left, top), in pixel-edge coordinates."""
-    intrinsics = camera["intrinsics"].clone()
-    intrinsics[:2] *= scale
-    intrinsics[:2, 2] -= torch.tensor([left, top], dtype=intrinsics.dtype)
-    return camera | {"intrinsics": intrinsics}
