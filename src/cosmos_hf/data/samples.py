@@ -11,9 +11,11 @@ axis V of them before all others in `video`, `camera`, `masks` and `depth`, and 
 `views="front"` it is a sample of one camera like any other.
 """
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,26 @@ PER_FRAME = ("states", "object_positions", "car_states", "extrinsics", "masks", 
 PER_VIEW = ("intrinsics", "extrinsics", "masks", "depth")  # with a leading axis where the clip has several cameras
 PICTURES = ("masks", "depth")
 PER_STEP = ("actions", "commands")  # one shorter than the frames: entry t leads from frame t to t + 1
+
+
+@dataclass(frozen=True)
+class VideoSegment:
+    """Some frames of a longer video file, as a sample's video: `num_frames` at `fps` from the time `start` (seconds) on."""
+
+    path: Path
+    start: float
+    num_frames: int
+    fps: float
+
+    def count(self, fps: float | None) -> tuple[int, float]:
+        """As `video.count_frames`."""
+        rate = fps or self.fps
+        return int((self.num_frames - 1) / self.fps * rate + 1e-6) + 1, rate
+
+    def read(self, num_frames: int | None, fps: float | None, height, width, start: float) -> Clip:
+        """As `video.read_video`."""
+        num_frames = num_frames or self.count(fps)[0]
+        return read_video(self.path, num_frames, fps, height, width, self.start + start)
 
 
 @dataclass
@@ -65,7 +87,7 @@ class SampleReader:
 
     def length(self, files: dict[str, bytes | Path]) -> tuple[int, float]:
         """(frames of the clip at the wanted rate, that rate), without decoding. Views must agree."""
-        found = {view: count_frames(file, self.fps) for view, file in self.videos(files).items()}
+        found = {view: _count(file, self.fps) for view, file in self.videos(files).items()}
         if len({length for length, _ in found.values()}) > 1:
             raise ValueError(f"views differ in length: { {view: length for view, (length, _) in found.items()} }")
         return next(iter(found.values()))
@@ -145,13 +167,9 @@ class SampleReader:
 
     def _assemble(self, files, key: str, length: int | None, start: int, rate: float | None) -> dict:
         """The sample of frames `start`, ... (all of them for `length` None) of a clip of `length` frames at `rate`."""
-        height, width = self.size or (None, None)
-        clips = {
-            view: read_video(file, self.num_frames, self.fps, height, width, start / rate)
-            if length is not None
-            else read_video(file, fps=self.fps, height=height, width=width)
-            for view, file in self.videos(files).items()
-        }
+        wanted = self.num_frames if length is not None else None
+        begin = start / rate if length is not None else 0.0
+        clips = {view: _read(file, wanted, self.fps, self.size, begin) for view, file in self.videos(files).items()}
         clip = _agreeing(clips)
         length = length or clip.frames.shape[1]
         caption, record = self.text(files, key)
@@ -213,6 +231,41 @@ def _agreeing(clips: dict[str, Clip]) -> Clip:
                 f"{next(iter(clips))!r} {tuple(first.frames.shape[1:])} at {first.fps:g}"
             )
     return first
+
+
+def content_hash(file: bytes | Path | VideoSegment) -> "hashlib._Hash":
+    """A SHA-256 of a video's bytes, open for more; a segment's file is read once for all its segments."""
+    if isinstance(file, VideoSegment):
+        status = file.path.stat()
+        whole = _file_digest(file.path, status.st_mtime_ns, status.st_size)
+        return hashlib.sha256(whole + repr((file.start, file.num_frames)).encode())
+    return hashlib.sha256(_bytes(file))
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, changed: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.digest()
+
+
+def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as the bytes of an npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _count(file: bytes | Path | VideoSegment, fps: float | None) -> tuple[int, float]:
+    return file.count(fps) if isinstance(file, VideoSegment) else count_frames(file, fps)
+
+
+def _read(file: bytes | Path | VideoSegment, num_frames, fps, size, start: float) -> Clip:
+    height, width = size or (None, None)
+    read = file.read if isinstance(file, VideoSegment) else partial(read_video, file)
+    return read(num_frames, fps, height, width, start)
 
 
 def _bytes(file: bytes | Path) -> bytes:

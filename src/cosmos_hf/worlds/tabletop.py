@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .actions import actions_from_states, euler_from_rotation, rotation_from_euler
+from ..conditioning.robot_states import actions_from_states, euler_from_rotation, rotation_from_euler
 from .captions import caption
 from .render import SegmentationRenderer, make_renderer, mujoco
 from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
