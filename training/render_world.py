@@ -1,21 +1,26 @@
 """Render a split of a simulated world into WebDataset shards.
 
     python training/render_world.py --out datasets/tabletop --split train --num_clips 3000
+    python training/render_world.py --world rooms --out datasets/rooms --split val_trajectory --num_clips 50
 
+Worlds: tabletop (a robot arm, with actions), rooms (a moving camera, with poses), driving (six cameras on a car, with actions
+and poses) and driving_front (its front camera alone).
 Needs `pip install 'cosmos-hf[worlds]'`. A run that was cut short goes on where it stopped; equal arguments give equal clips.
 """
 
 import argparse
 import logging
 
-from cosmos_hf.worlds.shards import SPLITS, WORLDS, render_split
+from cosmos_hf.worlds.shards import WORLDS, render_split
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, default="tabletop")
     parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument(
+        "--split", default="train", help="train, val_iid, ...: an unknown one is answered with the list"
+    )
     parser.add_argument("--num_clips", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips_per_shard", type=int, default=100)

@@ -7,11 +7,14 @@ import tarfile
 import av
 import numpy as np
 import pytest
+import webdataset
 
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 
+from cosmos_hf.data.clips import ClipDataset, collate_clips
+from cosmos_hf.worlds import driving
 from cosmos_hf.worlds.render import choose_renderer
-from cosmos_hf.worlds.shards import encode_mp4, render_split
+from cosmos_hf.worlds.shards import WORLDS, encode_mp4, render_split, sample_of
 
 
 def samples(path):
@@ -74,7 +77,7 @@ def test_resuming_keeps_complete_shards_and_gives_equal_bytes(rendered):
 def test_refusals(rendered, tmp_path):
     with pytest.raises(ValueError, match="seed=0 there, 1 asked"):
         render_split(rendered, "train", 1, clips_per_shard=1, seed=1, progress=False)
-    with pytest.raises(ValueError, match="val_moon"):
+    with pytest.raises(ValueError, match="has no split 'val_moon'; there is train, val_iid"):
         render_split(tmp_path, "val_moon", 1)
     with pytest.raises(ValueError, match="unknown world"):
         render_split(tmp_path, "train", 1, world="moon")
@@ -92,3 +95,60 @@ def test_video_bytes_are_repeatable_and_close_to_the_frames():
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
     error = np.mean((decoded.astype(float) - frames) ** 2)
     assert 10 * np.log10(255**2 / error) > 38
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_is_complete(world):
+    module = WORLDS[world]
+    assert module.SPLITS[0] == "train" and "val_counterfactual" in module.SPLITS
+    assert (module.NUM_FRAMES - 1) % 8 == 0 and module.HEIGHT % 16 == module.WIDTH % 16 == 0
+    assert module.VERSION >= 1 and module.FPS > 0 and callable(module.simulate)
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory):
+    """Two drives as a shard, with pictures that tell view and frame."""
+    folder = tmp_path_factory.mktemp("driving")
+    with webdataset.TarWriter(str(folder / "train-00000.tar")) as writer:
+        for index in range(2):
+            episode = driving.simulate("train", index, renderer=None)
+            for v, frames in enumerate(episode.frames.values()):
+                frames[:] = (10 + 30 * v + 4 * np.arange(17)).reshape(17, 1, 1, 1)
+            episode.masks = np.arange(6 * 17, dtype=np.uint8).reshape(6, 17, 1, 1).repeat(64, 2).repeat(96, 3)
+            writer.write(sample_of(episode, "driving", "train", index, 0, "classic"))
+    return folder
+
+
+def test_views_are_read_together_or_alone(drives):
+    views = ("back", "front", "left")
+    clips = ClipDataset(drives, views=views, num_frames=9, crop=(32, 48))
+    sample = clips[(0, 5)]
+    start, order = sample["start"], [list(driving.VIEWS).index(view) for view in views]
+    assert sample["video"].shape == (3, 3, 9, 32, 48) and sample["views"] == list(views)
+    expected = np.array([[10 + 30 * v + 4 * (start + t) for t in range(9)] for v in order])
+    np.testing.assert_allclose(sample["video"][:, 0, :, 0, 0], expected, atol=3)
+    assert sample["masks"].shape == (3, 9, 32, 48)
+    np.testing.assert_array_equal(sample["masks"][:, 0, 0, 0], [17 * v + start for v in order])
+    episode = driving.simulate("train", 0, renderer=None)
+    np.testing.assert_allclose(
+        sample["camera"]["extrinsics"], episode.extrinsics[order, start : start + 9].astype(np.float32)
+    )
+    assert sample["camera"]["intrinsics"].shape == (3, 3, 3) and sample["actions"].shape == (8, 2)
+    assert sample["view_captions"] == [episode.view_captions[view] for view in views]
+    batch = collate_clips([sample, clips[(1, 5)]])
+    assert batch["video"].shape == (2, 3, 3, 9, 32, 48) and batch["camera"]["extrinsics"].shape == (2, 3, 9, 4, 4)
+
+    alone = ClipDataset(drives, views="left", random=False, keep_decoded=True)[0]
+    assert alone["video"].shape == (3, 17, 64, 96) and "views" not in alone
+    np.testing.assert_array_equal(alone["camera"]["extrinsics"], episode.extrinsics[1].astype(np.float32))
+    assert alone["masks"][3, 0, 0] == 17 + 3
+    smaller = ClipDataset(drives, views=views, size=(32, 32))[0]
+    assert smaller["masks"].shape == (3, 17, 32, 32) and smaller["video"].shape == (3, 3, 17, 32, 32)
+    assert smaller["camera"]["intrinsics"][:, 0, 2].tolist() == [16, 16, 16]
+
+
+def test_views_must_be_chosen_and_exist(drives):
+    with pytest.raises(ValueError, match="has the views back, .*choose one or several by `views`"):
+        ClipDataset(drives)[0]
+    with pytest.raises(ValueError, match="no view top: the clip has back"):
+        ClipDataset(drives, views=("front", "top"))[0]

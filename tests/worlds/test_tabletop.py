@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 
-from cosmos_hf.worlds.actions import integrate_actions
+from cosmos_hf.conditioning.robot_states import integrate_actions
 from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.tabletop import NUM_FRAMES, PLANS, Policy, Robot, simulate
 from cosmos_hf.worlds.tabletop_scene import build_model, sample_scene

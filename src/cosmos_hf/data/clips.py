@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from .annotated import BridgeClips, annotation_folder, tables_beside
 from .samples import VIDEO_SUFFIXES, SampleReader
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class TarClips:
 
 
 class FolderClips:
-    """A folder of videos, each with its caption beside it: `clip.mp4` with `clip.txt` or with `clip.json` ("caption")."""
+    """A folder of videos, each with its caption beside it: `clip.mp4` with `clip.txt` or with `clip.json` ("caption"), and
+    with its arrays in `clip.npz`, `clip.csv` or `clip.json` (`annotated`)."""
 
     def __init__(self, folder: Path):
         self._videos: dict[str, Path] = {}
@@ -82,18 +84,29 @@ class FolderClips:
     def read(self, key: str) -> dict[str, Path]:
         video = self._videos[key]
         files = {video.suffix[1:].lower(): video}
-        for extension in ("txt", "json", "npz"):
+        for extension in ("txt", "json", "npz", "csv"):
             if (beside := video.with_suffix(f".{extension}")).exists():
                 files[extension] = beside
-        return files
+        return tables_beside(files, video)
 
 
-def open_clips(path: str | Path) -> TarClips | FolderClips:
-    """A folder of shards, a shard, a pattern of shards (`data/train-*.tar`) or a folder of videos.
+def open_clips(path: str | Path):
+    """A folder of shards, a shard, a pattern of shards (`data/train-*.tar`), a folder of videos, a LeRobot data set (a folder or
+    `hf://<user>/<name>`), or a split of a Bridge-style one. The result has `keys` and `read(key)` -> files by extension.
 
     Raises FileNotFoundError naming what was looked for, and the splits where `path` holds a whole data set.
     """
+    if str(path).startswith("hf://"):
+        from .lerobot import download
+
+        path = download(str(path))
     path = Path(path)
+    if (path / "meta" / "info.json").exists():
+        from .lerobot import LeRobotClips
+
+        return LeRobotClips(path)
+    if path.is_dir() and (annotations := annotation_folder(path)) is not None:
+        return BridgeClips(annotations)
     if glob.has_magic(str(path)):
         shards = [Path(name) for name in sorted(glob.glob(str(path)))]
         if not shards or any(shard.suffix != ".tar" for shard in shards):
@@ -103,14 +116,17 @@ def open_clips(path: str | Path) -> TarClips | FolderClips:
     else:
         shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
         if not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
+            raise FileNotFoundError(f"no such file or folder: {path} (a repository of the Hub is hf://<user>/<name>)")
     if shards:
         return TarClips(shards)
     source = FolderClips(path) if path.is_dir() else None
     if source is None or not source.keys:
         splits = sorted(str(shard.parent) for shard in path.glob("*/*-00000.tar"))
         hint = f"; name one of its splits: {', '.join(splits)}" if splits else ""
-        raise FileNotFoundError(f"{path} holds neither *.tar shards nor videos ({', '.join(VIDEO_SUFFIXES)}){hint}")
+        raise FileNotFoundError(
+            f"{path} holds neither *.tar shards nor videos ({', '.join(VIDEO_SUFFIXES)}), and is no LeRobot "
+            f"(meta/info.json) or Bridge-style (annotation/) data set{hint}"
+        )
     return source
 
 
@@ -144,7 +160,7 @@ class ClipDataset(Dataset):
         paths: what `open_clips` takes, one or several.
         keep_decoded: keep decoded clips in memory (1.2 MB for 33 frames of 96x128): for sets that fit, and num_workers=0.
         on_broken: "error", or "skip": `collate_clips` leaves the sample out; more than the share `max_broken` is an error.
-        reading: `num_frames`, `crop`, `size`, `fps`, `random`, `need_caption` of `SampleReader`.
+        reading: `num_frames`, `crop`, `size`, `fps`, `random`, `need_caption`, `views` of `SampleReader`.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..data.clips import BROKEN, ClipDataset
-from ..data.video import count_frames, to_float
+from ..data.samples import content_hash
+from ..data.video import to_float
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from .text import embed_tokens, tokenize
 
@@ -92,7 +93,7 @@ def cache_latents(
     for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
         files, key = clips.files(i), clips.key(i)
         try:
-            name, length = _video_hash(clips, files), count_frames(clips.reader.video(files), clips.reader.fps)[0]
+            name, length = _video_hash(clips, files), clips.reader.length(files)[0]
             paths = {s: folder / f"{name}-{s}-{num_frames}.safetensors" for s in starts if s + num_frames <= length}
             if not paths:
                 raise ValueError(f"it has {length} frames: too few for {num_frames} from any of the starts {starts}")
@@ -113,8 +114,7 @@ def cache_latents(
 
 def _video_hash(clips: ClipDataset, files: dict) -> str:
     """The video's bytes and how they are made into frames."""
-    video = clips.reader.video(files)
-    digest = hashlib.sha256(video if isinstance(video, bytes) else video.read_bytes())
+    digest = content_hash(clips.reader.video(files))
     digest.update(repr((clips.reader.size, clips.reader.crop, clips.reader.fps)).encode())
     return digest.hexdigest()[:32]
 

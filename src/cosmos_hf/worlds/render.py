@@ -58,9 +58,15 @@ def probe(name: str):
         raise RuntimeError(f"{name} rendered an empty picture")
 
 
-def make_renderer(name: str, model, height: int, width: int):
-    """An object whose `render(data, camera)` gives uint8 [height, width, 3]."""
-    return {"filament": FilamentRenderer, "classic": ClassicRenderer}[name](model, height, width)
+SKY = (0.62, 0.80, 0.98)
+
+
+def make_renderer(name: str, model, height: int, width: int, num_views: int = 1, sky: tuple = SKY):
+    """An object whose `render(data, camera)` gives uint8 [height, width, 3], and whose `render_views(data, cameras)` gives
+    [num_views, height, width, 3]. `sky` is Filament's background; the classic renderer shows the model's skybox."""
+    if name == "filament":
+        return FilamentRenderer(model, height, width, num_views, sky)
+    return {"classic": ClassicRenderer}[name](model, height, width)
 
 
 class ClassicRenderer:
@@ -68,6 +74,9 @@ class ClassicRenderer:
 
     def __init__(self, model, height: int, width: int):
         self._renderer = mujoco.Renderer(model, 2 * height, 2 * width)
+
+    def render_views(self, data, cameras: tuple[str, ...]) -> np.ndarray:
+        return np.stack([self.render(data, camera) for camera in cameras])
 
     def render(self, data, camera: str) -> np.ndarray:
         self._renderer.update_scene(data, camera)
@@ -87,6 +96,26 @@ class SegmentationRenderer:
         self._renderer.update_scene(data, camera)
         ids, kinds = np.moveaxis(self._renderer.render(), -1, 0)
         return np.where(kinds == mujoco.mjtObj.mjOBJ_GEOM, ids, -1)
+
+
+class DepthRenderer:
+    """Distance along the camera's axis, float32 [height, width] in metres, by the classic renderer."""
+
+    def __init__(self, model, height: int, width: int):
+        self._renderer = mujoco.Renderer(model, height, width)
+        self._renderer.enable_depth_rendering()
+
+    def render(self, data, camera: str) -> np.ndarray:
+        self._renderer.update_scene(data, camera)
+        return self._renderer.render().copy()
+
+
+def aim_camera(model, camera: str, extrinsics: np.ndarray):
+    """Put a fixed camera of the world body where extrinsics [4, 4] say (world to camera, x right, y down, z forward)."""
+    rotation = extrinsics[:3, :3].T
+    index = model.camera(camera).id
+    model.cam_pos[index] = -rotation @ extrinsics[:3, 3]
+    mujoco.mju_mat2Quat(model.cam_quat[index], (rotation * [1, -1, -1]).flatten())  # MuJoCo: y up, looks along -z
 
 
 @functools.cache
@@ -109,37 +138,42 @@ def restart_filament():
 class FilamentRenderer:
     """Physically based, with soft shadows, anti-aliasing and tone mapping. Its post-processing dithers by about one level."""
 
-    _BACKGROUND = (0.62, 0.80, 0.98)
-
-    def __init__(self, model, height: int, width: int):
+    def __init__(self, model, height: int, width: int, num_views: int = 1, sky: tuple = SKY):
         from mujoco.rendering.filament import model_scene, renderer
 
         context = _filament_context()
-        self._model, self._view = model, renderer.View
+        self._model, self._view, self._num_views = model, renderer.View, num_views
         self._renderer = renderer.Renderer(context)
-        context.set_clear_color(list(self._BACKGROUND))  # after the renderer, which resets it to black
+        context.set_clear_color(list(sky))  # after the renderer, which resets it to black
         self._scene = model_scene.ModelScene(context, model, self._renderer.scene("scene"))
-        self._buffer = np.zeros((height, width, 3), np.uint8)
+        # A renderer reads one picture per call, so all views lie side by side in one.
+        self._buffer = np.zeros((height, width * num_views, 3), np.uint8)
         self._renderer.target("picture", self._buffer)
         self._abstract, self._options = mujoco.MjvScene(model, 2000), mujoco.MjvOption()
 
     def render(self, data, camera: str) -> np.ndarray:
+        return self.render_views(data, (camera,))[0]
+
+    def render_views(self, data, cameras: tuple[str, ...]) -> np.ndarray:
         self._scene.update(data)
+        views = [self._view_of(data, camera, i / self._num_views) for i, camera in enumerate(cameras)]
+        self._renderer.render(views)
+        return np.stack(np.split(self._buffer, self._num_views, axis=1)[: len(cameras)])
+
+    def _view_of(self, data, camera: str, left: float):
         chosen = mujoco.MjvCamera()
         chosen.type, chosen.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(camera).id
         mujoco.mjv_updateCamera(self._model, data, chosen, self._abstract)
         # scene.camera[0] alone is the left eye
         middle = mujoco.mjv_averageCamera(self._abstract.camera[0], self._abstract.camera[1])
-        view = self._view(
+        return self._view(
             "scene",
             "picture",
-            viewport=(0, 0, 1, 1),
+            viewport=(left, 0, 1 / self._num_views, 1),
             camera=_filament_camera(middle),
             shadows=True,
             post_processing=True,
         )
-        self._renderer.render([view])
-        return self._buffer.copy()
 
 
 def _filament_camera(camera):

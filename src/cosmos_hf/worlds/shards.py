@@ -1,7 +1,11 @@
 """Rendering a split of a world into WebDataset shards, in parallel, resumable and deterministic.
 
 Layout: `<root>/<split>/<split>-00000.tar` with `<key>.mp4`, `<key>.json` and `<key>.npz` per clip, and `<root>/dataset.json`.
-A shard appears under its name only when it is complete.
+Clips of several cameras have `<key>.<view>.mp4` for each. A shard appears under its name only when it is complete.
+
+A world is a module: `VERSION`, `SPLITS`, `FPS`, `HEIGHT`, `WIDTH`, `NUM_FRAMES`, and `simulate(split, index, seed, renderer,
+truth)` for a clip with `videos()` (frames by view, "" for the only one), `arrays()` and `record()`. `truth` asks for what is
+costly to render beside the pictures: masks or depth.
 """
 
 import io
@@ -10,7 +14,6 @@ import multiprocessing
 import os
 import tarfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -18,12 +21,10 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from . import driving, driving_front, rooms, tabletop
 from .render import choose_renderer, mujoco, restart_filament
-from .tabletop import FPS, HEIGHT, NUM_FRAMES, WIDTH, Episode, simulate
 
-VERSION = 2  # of the simulated content: raised when equal arguments give other clips
-SPLITS = ("train", "val_iid", "val_combo", "val_style", "val_view", "val_counterfactual")
-WORLDS = {"tabletop": simulate}
+WORLDS = {"tabletop": tabletop, "rooms": rooms, "driving": driving, "driving_front": driving_front}
 
 
 def render_split(
@@ -40,14 +41,14 @@ def render_split(
     """Render clips 0..num_clips-1 of a split; complete shards are kept, so a run that was cut short goes on.
 
     What happens in a clip depends on (seed, split, its index) only, and equal arguments give equal bytes. Validation
-    splits carry segmentation masks. In `val_counterfactual` four clips in a row are the four plans from one start state.
+    splits carry masks or depth. In `val_counterfactual` four clips in a row are the four plans from one start state.
     `renderer` None takes the best one that runs here. Raises ValueError for an unknown world or split, a count below 1,
     or where `root` holds data of another world, version, seed, renderer or shard size.
     """
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r}; there is {', '.join(WORLDS)}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; there is {', '.join(SPLITS)}")
+    if split not in WORLDS[world].SPLITS:
+        raise ValueError(f"the world {world!r} has no split {split!r}; there is {', '.join(WORLDS[world].SPLITS)}")
     for name, value in (("num_clips", num_clips), ("clips_per_shard", clips_per_shard), ("num_workers", num_workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -55,7 +56,14 @@ def render_split(
     folder = Path(root) / split
     folder.mkdir(parents=True, exist_ok=True)
     _check_record(
-        Path(root), dict(world=world, version=VERSION, seed=seed, renderer=renderer, clips_per_shard=clips_per_shard)
+        Path(root),
+        dict(
+            world=world,
+            version=WORLDS[world].VERSION,
+            seed=seed,
+            renderer=renderer,
+            clips_per_shard=clips_per_shard,
+        ),
     )
     jobs = []
     for number, start in enumerate(range(0, num_clips, clips_per_shard)):
@@ -83,46 +91,34 @@ def _render_shard(world: str, path: Path, split: str, indices: range, seed: int,
     partial = path.with_suffix(f".partial-{os.getpid()}")
     with webdataset.TarWriter(str(partial), mtime=0, user="", group="") as writer:
         for index in indices:
-            episode = WORLDS[world](split, index, seed=seed, renderer=renderer, masks=split != "train")
+            episode = WORLDS[world].simulate(split, index, seed, renderer, split != "train")
             writer.write(sample_of(episode, world, split, index, seed, renderer))
     partial.rename(path)
     return len(indices)
 
 
-def sample_of(episode: Episode, world: str, split: str, index: int, seed: int, renderer: str) -> dict:
+def sample_of(episode, world: str, split: str, index: int, seed: int, renderer: str) -> dict:
     """A WebDataset sample: bytes by extension."""
-    arrays = dict(
-        actions=episode.actions.astype(np.float32),
-        commands=episode.commands.astype(np.float32),
-        states=episode.states.astype(np.float32),
-        intrinsics=episode.intrinsics.astype(np.float32),
-        extrinsics=episode.extrinsics.astype(np.float32),
-        object_positions=episode.object_positions.astype(np.float32),
-    )
-    if episode.masks is not None:
-        arrays["masks"] = episode.masks
+    fps, videos = WORLDS[world].FPS, episode.videos()
     packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
-    record = dict(
-        caption=episode.caption,
-        fps=FPS,
-        num_frames=len(episode.frames),
+    np.savez_compressed(packed, **episode.arrays())
+    record = episode.record()
+    told = dict(
+        caption=record.pop("caption"),
+        fps=fps,
+        num_frames=len(next(iter(videos.values()))),
         world=world,
         split=split,
         index=index,
         seed=seed,
-        kind=episode.kind,
-        plan=episode.plan,
-        target=episode.target,
         renderer=renderer,
-        scene=asdict(episode.scene),
+        **record,
     )
-    return {
-        "__key__": f"{world}-{split}-{index:06d}",
-        "mp4": encode_mp4(episode.frames, FPS),
-        "json": json.dumps(record).encode(),
-        "npz": packed.getvalue(),
-    }
+    if "" not in videos:
+        told["views"] = list(videos)
+    files = {f"{view}.mp4" if view else "mp4": encode_mp4(frames, fps) for view, frames in videos.items()}
+    key = f"{world}-{split}-{index:06d}"
+    return {"__key__": key, **files, "json": json.dumps(told).encode(), "npz": packed.getvalue()}
 
 
 def encode_mp4(frames: np.ndarray, fps: int, crf: int = 14) -> bytes:
@@ -156,7 +152,8 @@ def _check_record(root: Path, settings: dict):
             changes = ", ".join(f"{key}={old!r} there, {new!r} asked" for key, (old, new) in different.items())
             raise ValueError(f"{path} is of another rendering ({changes}); choose another folder or the same settings")
         return
-    size = dict(height=HEIGHT, width=WIDTH, num_frames=NUM_FRAMES, fps=FPS)
+    world = WORLDS[settings["world"]]
+    size = dict(height=world.HEIGHT, width=world.WIDTH, num_frames=world.NUM_FRAMES, fps=world.FPS)
     _write_record(path, {**settings, "simulator": f"mujoco {mujoco.__version__}", **size, "clips": {}})
 
 
@@ -170,6 +167,6 @@ def _update_counts(root: Path):
     path = root / "dataset.json"
     record = json.loads(path.read_text())
     for folder in sorted(root.iterdir()):
-        if folder.name in SPLITS:
+        if folder.name in WORLDS[record["world"]].SPLITS:
             record["clips"][folder.name] = sum(_clips_in(shard) for shard in folder.glob("*.tar"))
     _write_record(path, record)

@@ -3,15 +3,17 @@
 World frame: x away from the robot's base, y to its left, z up, metres. End-effector angles are zero pointing down.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .actions import actions_from_states, euler_from_rotation, rotation_from_euler
+from ..conditioning.robot_states import actions_from_states, euler_from_rotation, rotation_from_euler
 from .captions import caption
 from .render import SegmentationRenderer, make_renderer, mujoco
 from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
 
+VERSION = 2  # of the simulated content: raised when equal arguments give other clips
+SPLITS = ("train", "val_iid", "val_combo", "val_style", "val_view", "val_counterfactual")
 FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 96, 128, 33, 48.0
 KINDS, KIND_SHARES = ("pick", "push", "random"), (0.45, 0.35, 0.20)
 # What the arm does in the counterfactual split, from one start state: [x, y, z, roll, pitch, yaw, gripper] a step.
@@ -46,6 +48,18 @@ class Episode:
     target: int  # the object that the policy is after
     masks: np.ndarray | None = None  # uint8 [T, H, W]: 0 background, 1 arm, 2 + i object i
     plan: str | None = None  # counterfactual split only
+
+    def videos(self) -> dict[str, np.ndarray]:
+        return {"": self.frames}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        names = ("actions", "commands", "states", "intrinsics", "extrinsics", "object_positions")
+        arrays = {name: getattr(self, name).astype(np.float32) for name in names}
+        return arrays | ({} if self.masks is None else {"masks": self.masks})
+
+    def record(self) -> dict:
+        told = {name: getattr(self, name) for name in ("caption", "kind", "plan", "target")}
+        return told | {"scene": asdict(self.scene)}
 
 
 class Robot:

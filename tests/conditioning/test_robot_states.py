@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cosmos_hf.worlds.actions import (
+from cosmos_hf.conditioning.robot_states import (
     SCALE,
     actions_from_states,
     euler_from_rotation,
