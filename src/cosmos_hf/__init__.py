@@ -8,6 +8,9 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CosmosARConfig": "models.ar_cosmos",
+    "CosmosARForCausalLM": "models.ar_cosmos",
+    "CosmosAutoregressivePipeline": "pipelines.autoregressive",
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
     "CosmosText2WorldPipeline": "pipelines.text2world",
     "CosmosVideo2WorldPipeline": "pipelines.video2world",

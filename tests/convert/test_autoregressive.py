@@ -92,7 +92,9 @@ def test_every_fixture_in_full(name, attention):
         close(out.logits, tensors[f"{prefix}prefill.logits"])
         close(torch.stack(out.hidden_states[1:-1]), tensors[f"{prefix}prefill.hidden"][:-1])
         steps = [
-            model(tensors["tokens"][:, i : i + 1], past_key_values=out.past_key_values, use_cache=True, **context).logits
+            model(
+                tensors["tokens"][:, i : i + 1], past_key_values=out.past_key_values, use_cache=True, **context
+            ).logits
             for i in range(length, length + 3)
         ]
         close(torch.cat(steps, 1), tensors[f"{prefix}decode.logits"])
@@ -194,7 +196,9 @@ def test_the_corrected_loss_does_not_train_on_what_was_given():
 def test_every_key_of_the_published_models(preset):
     name = f"Cosmos-Predict1-{preset.replace('b', 'B', 1).replace('video2world', 'Video2World')}"
     keys, index = golden_json("manifests", name), golden_json("manifests", "_index")[name]
-    state = {key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for key, (shape, dtype) in keys.items()}
+    state = {
+        key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for key, (shape, dtype) in keys.items()
+    }
     state |= {"layers.0.attention._extra_state": torch.zeros(0)}
     kind = index["tokenizer"]["training_type"]
     model = load_original("Transformer", index["model_config"], {"model": {f"model.{k}": v for k, v in state.items()}},
@@ -236,7 +240,9 @@ def test_fused_names_of_transformer_engine(base):
         layer = f"layers.{i}."
         state[layer + "self_attention.layernorm_qkv.layer_norm_weight"] = state.pop(layer + "attention_norm.weight")
         for short, name in (("q", "query"), ("k", "key"), ("v", "value")):
-            state[f"{layer}self_attention.layernorm_qkv.{name}_weight"] = state.pop(f"{layer}attention.w{short}.weight")
+            state[f"{layer}self_attention.layernorm_qkv.{name}_weight"] = state.pop(
+                f"{layer}attention.w{short}.weight"
+            )
         state[layer + "self_attention.proj.weight"] = state.pop(layer + "attention.wo.weight")
         state[layer + "layernorm_mlp.layer_norm_weight"] = state.pop(layer + "ffn_norm.weight")
         gate, up = (state.pop(f"{layer}feed_forward.{w}.weight") for w in ("w1", "w3"))
@@ -255,7 +261,9 @@ def test_wrong_checkpoints_are_refused(base):
             load_original("Transformer", {**config, **changes}, state, training_type=kind)
 
     refused(r"unknown keys \['stray'\]", state={**state, "stray": torch.zeros(1)})
-    refused(r"missing \(our names\) \['model.norm.weight'\]", state={k: v for k, v in state.items() if k != "norm.weight"})
+    refused(
+        r"missing \(our names\) \['model.norm.weight'\]", state={k: v for k, v in state.items() if k != "norm.weight"}
+    )
     refused(r"norm.weight has shape \(127,\)", state={**state, "norm.weight": state["norm.weight"][1:]})
     refused("no output.weight", state={k: v for k, v in state.items() if k != "output.weight"})
     refused("has 512 rows, the config's vocab_size is 500", vocab_size=500)

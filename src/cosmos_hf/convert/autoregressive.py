@@ -100,7 +100,11 @@ def split_fused(state_dict: dict) -> dict:
     plain = {}
     for key, value in state_dict.items():
         name = re.sub(r"\.self_attention\.layernorm_qkv\.layer_norm_weight$", ".attention_norm.weight", key)
-        name = re.sub(r"\.self_attention\.layernorm_qkv\.(query|key|value)_weight$", lambda m: f".attention.w{m[1][0]}.weight", name)
+        name = re.sub(
+            r"\.self_attention\.layernorm_qkv\.(query|key|value)_weight$",
+            lambda m: f".attention.w{m[1][0]}.weight",
+            name,
+        )
         name = re.sub(r"\.self_attention\.proj\.weight$", ".attention.wo.weight", name)
         name = re.sub(r"\.layernorm_mlp\.layer_norm_weight$", ".ffn_norm.weight", name)
         name = re.sub(r"\.layernorm_mlp\.fc2_weight$", ".feed_forward.w2.weight", name)
@@ -138,7 +142,9 @@ def autoregressive_config(config: dict, state_dict: dict, training_type: str | N
         if key not in _FIXED:
             raise ValueError(f"Transformer argument {key}={value!r} is not known to the converter")
         if value != _FIXED[key]:
-            raise ValueError(f"Transformer argument {key}={value!r} is not supported, only {_FIXED[key]!r} was released")
+            raise ValueError(
+                f"Transformer argument {key}={value!r} is not supported, only {_FIXED[key]!r} was released"
+            )
     kind = training_type or ("text_to_video" if text else "video_to_video")
     for name in ("output.weight", "tok_embeddings.weight"):
         if name not in state_dict:

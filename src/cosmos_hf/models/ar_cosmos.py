@@ -34,7 +34,7 @@ from .strict_loading import StrictLoadingMixin
 _YARN = dict(yarn_scale=2.0, yarn_original_shape=(3, 40, 64))
 _TEXT = dict(cross_attention_dim=1024, absolute_positions="every_layer", bov_token_id=64000, embedding_size=64064)
 _LARGE = dict(hidden_size=5120, num_hidden_layers=40)
-_NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
+_NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
 # Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models' codebook is small (FSQ levels
 # 8, 5, 5, 5), for at this width an output of 64 000 rows would be most of the model.
 PRESETS = {
@@ -42,14 +42,14 @@ PRESETS = {
     "5b-video2world": dict(**_TEXT),
     "12b": dict(**_LARGE, **_YARN),
     "13b-video2world": dict(**_LARGE, **_YARN, **_TEXT),
-    "nano": dict(**_NANO, vocab_size=1000, embedding_size=1000, latent_shape=(5, 12, 16), head_dim=32),
+    "nano": dict(**_NANO, vocab_size=1000, latent_shape=(5, 12, 16), head_dim=32),
     "nano-video2world": dict(
         **_NANO, vocab_size=1000, embedding_size=1064, latent_shape=(5, 12, 16), head_dim=32,
         cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=1000,
     ),
     "tiny": dict(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
-        vocab_size=64000, embedding_size=64064, latent_shape=(3, 4, 4),
+        vocab_size=1000, latent_shape=(3, 4, 4),
     ),
 }  # fmt: skip
 
@@ -74,6 +74,7 @@ class CosmosARConfig(PreTrainedConfig):
 
     model_type = "cosmos_ar"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"text_embed_dim": "cross_attention_dim"}  # what the diffusion transformers call it
     base_model_tp_plan = {
         **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
         **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn")},
@@ -312,7 +313,6 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.medusa_heads = nn.ModuleList([MedusaHead(config.hidden_size) for _ in range(config.medusa_num_heads)])
         self.post_init()
-        self.generation_config.top_k = 0  # transformers' default of 50 cuts off most of what 64 000 codes may say
 
     @can_return_tuple
     def forward(

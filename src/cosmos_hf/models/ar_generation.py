@@ -29,6 +29,7 @@ class CosmosARGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, generator=None, **kwargs):
         """Continue videos. transformers' `generate`, and:
 
+        - top_k is off unless given: transformers' default of 50 cuts off most of what 64 000 codes may say;
         - without a length the rest of the video is generated, as `latent_shape` (an argument, or the config's) has it;
         - without a prompt, a model with `<bov>` starts from it, once per text;
         - `generator`: a torch generator, or one per sequence: then a seed gives the same video alone or in a batch;
@@ -43,10 +44,16 @@ class CosmosARGenerationMixin(GenerationMixin):
             kwargs["logits_processor"] = LogitsProcessorList(
                 [*(kwargs.get("logits_processor") or []), CodesOnly(self.config.codebook_size)]
             )
+        if kwargs.get("do_sample") and kwargs.get("generation_config") is None:
+            kwargs.setdefault("top_k", 0)
         if generator is not None:
             if kwargs.get("custom_generate") is not None:
-                raise ValueError("give generator or custom_generate, not both: only the own loop draws from generators")
-            kwargs["custom_generate"] = partial(type(self)._sample, generator=generator)
+                raise ValueError(
+                    "give generator or custom_generate, not both: only the own loop draws from generators"
+                )
+            # transformers hands a loop that it is given nothing but the loop's own arguments.
+            loop = partial(type(self)._sample, generator=generator, streamer=kwargs.get("streamer"))
+            kwargs["custom_generate"] = loop
         return super().generate(inputs, **kwargs)
 
     def _empty_prompt(self, kwargs) -> torch.Tensor:
@@ -123,7 +130,13 @@ class CosmosARGenerationMixin(GenerationMixin):
                     "stopping criteria, return_dict_in_generate and padding, or seed torch's global generator"
                 )
             return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
             )
         processors, top_p = _split_top_p(logits_processor, generation_config)
         length, total = input_ids.shape[1], generation_config.max_length
@@ -135,14 +148,13 @@ class CosmosARGenerationMixin(GenerationMixin):
         for place in range(length, total):
             logits = self(input_ids=chunk, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
             scores = processors(tokens[:, :place], logits.float())
-            if generation_config.do_sample:
-                chunk = draw(scores, generator, top_p)
-            else:
-                chunk = scores.argmax(-1, keepdim=True)
+            chunk = draw(scores, generator, top_p) if generation_config.do_sample else scores.argmax(-1, keepdim=True)
             tokens[:, place] = chunk[:, 0]
             if streamer is not None:
                 streamer.put(chunk[:, 0].cpu())
-            if isinstance(inputs["past_key_values"], EncoderDecoderCache) and not model_kwargs.get("output_attentions"):
+            if isinstance(inputs["past_key_values"], EncoderDecoderCache) and not model_kwargs.get(
+                "output_attentions"
+            ):
                 inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
         if streamer is not None:
             streamer.end()
