@@ -58,7 +58,7 @@ def test_typical_acceptance_takes_what_is_likely_enough():
     prompt = torch.randint(0, 30, (1, 7))
     exact = medusa_generate(model, prompt, widths=(4, 3, 2))
     never = medusa_generate(model, prompt, widths=(4, 3, 2), acceptance="typical", epsilon=1.0, delta=1e9)
-    always = medusa_generate(model, prompt, widths=(4, 3, 2), acceptance="typical", epsilon=0.0)
+    always = medusa_generate(model, prompt, acceptance="typical", epsilon=0.0)
     assert torch.equal(never.sequences, exact.sequences) and never.forward_passes == exact.forward_passes
     assert always.forward_passes == 1 + -(-(48 - 7 - 1) // 4) < exact.forward_passes
 

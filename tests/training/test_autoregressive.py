@@ -34,7 +34,7 @@ def vae(clips, tmp_path_factory):
     torch.manual_seed(0)
     levels = dict(quantizer="fsq", fsq_levels=(8, 5, 5, 5), latent_channels=4)
     model = CosmosVideoTokenizer(**PRESETS["tiny"] | levels).eval()
-    model.quant_conv.conv.weight.data.mul_(20)
+    model.quant_conv.weight.data.mul_(20)
     folder = tmp_path_factory.mktemp("vae")
     model.save_pretrained(folder)
     return folder
@@ -83,7 +83,7 @@ def test_codes_are_cached_as_the_tokenizer_gives_them(settings):
     clip = ClipDataset(config.data, num_frames=None, random=False)[0]["video"][:, :9]
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
     assert torch.equal(data[0]["indices"], vae.encode(to_float(clip)[None]).indices[0])
-    assert len(data[0]["indices"].unique()) > 10 and "latents" not in data[0]
+    assert len(data[0]["indices"].unique()) > 4 and "latents" not in data[0]
 
 
 def test_conditioning_tokens_are_no_targets(settings):
@@ -120,33 +120,27 @@ def test_chunks_do_not_change_loss_or_gradients(chunk):
 
 
 MEMORY = """
-import resource, sys, torch
+import resource, torch
 from cosmos_hf.models.ar_loss import chunked_loss
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-head, labels = torch.nn.Linear(16, 64000, bias=False), torch.randint(0, 64000, (1, 2049))
-states = torch.randn(1, 2049, 16, requires_grad=True)
+head, labels = torch.nn.Linear(16, 64000, bias=False), torch.randint(0, 64000, (1, 1025))
+states = torch.randn(1, 1025, 16, requires_grad=True)
 chunked_loss(head, states[:, :9], labels[:, :9], 1e-4).total.backward()  # libraries load now
 before = peak()
-if sys.argv[1] == "chunked":
-    chunked_loss(head, states, labels, 1e-4, chunk=128).total.backward()
-else:
-    logits = head(states[0, :-1])
-    (torch.nn.functional.cross_entropy(logits, labels[0, 1:]) + 1e-4 * logits.logsumexp(-1).square().mean()).backward()
+chunked_loss(head, states, labels, 1e-4, chunk=32).total.backward()
+print(peak() - before)
+logits = head(states[0, :-1])
+(torch.nn.functional.cross_entropy(logits, labels[0, 1:]) + 1e-4 * logits.logsumexp(-1).square().mean()).backward()
 print(peak() - before)
 """
 
 
 def test_logits_never_exist_whole():
-    """2048 positions of 64 000 codes are 500 MiB; a step in chunks of 128 stays far below, one in a piece far above."""
-
-    def grown(kind):
-        return float(
-            subprocess.run([sys.executable, "-c", MEMORY, kind], capture_output=True, check=True, text=True).stdout
-        )
-
-    chunked, whole = grown("chunked"), grown("whole")
-    assert chunked < 200, chunked
-    assert whole > 900, whole
+    """1024 positions of 64 000 codes are 250 MiB; a step in chunks of 32 takes less than half, one in a piece several times that."""
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, check=True, text=True).stdout
+    chunked, whole = map(float, out.split())
+    assert chunked < 125, chunked
+    assert whole > 450, whole
 
 
 def test_labels_are_checked():
@@ -228,7 +222,7 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path):
     run("train_medusa", settings(), output_dir=heads, max_steps=2, train_last_layers=1, **more)
     pipe = CosmosAutoregressivePipeline.from_pretrained(heads / "export")
     assert len(pipe.transformer.medusa_heads) == 2
-    assert pipe.transformer.medusa_heads[1].linear.weight.abs().max() > 0
+    assert pipe.transformer.medusa_heads[1].weight.abs().max() > 0
     after = pipe.transformer.state_dict()
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], new["model.layers.0.mlp.up_proj.weight"])
     assert not torch.equal(after["model.layers.1.mlp.up_proj.weight"], new["model.layers.1.mlp.up_proj.weight"])

@@ -68,10 +68,7 @@ def check_context(config, batch: int, cache: Cache | None, states, mask):
     if states is not None and states.shape[0] != batch:
         raise ValueError(f"encoder_hidden_states has {states.shape[0]} items, input_ids {batch}")
     if mask is not None:
-        if states is None:
-            length = cache.cross_attention_cache.layers[0].keys.shape[2]
-        else:
-            length = states.shape[1]
+        length = cache.cross_attention_cache.layers[0].keys.shape[2] if states is None else states.shape[1]
         if tuple(mask.shape) != (batch, length):
             raise ValueError(
                 f"encoder_attention_mask must be [{batch}, {length}], one entry per text token, got {tuple(mask.shape)}"

@@ -22,9 +22,9 @@ from .ar_generation import CosmosARGenerationMixin
 from .ar_layers import (
     CosmosARAttention,
     CosmosARDecoderLayer,
-    CosmosARMLP,
     CosmosARRMSNorm,
     GridPositions,
+    projection,
     self_attention_cache,
 )
 from .ar_loss import chunked_loss
@@ -170,30 +170,16 @@ class CosmosARPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """The reference's: unit embeddings, small projections, those that write to the residual smaller with depth."""
-
-        def truncated(weight, std):
-            init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, CosmosARRMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, CosmosARDecoderLayer):
-            small = 0.02 / (2 * (module.layer_idx + 1)) ** 0.5
-            for part in module.children():
-                if isinstance(part, CosmosARAttention):
-                    for name in ("q_proj", "k_proj", "v_proj"):
-                        truncated(getattr(part, name).weight, 0.02)
-                    truncated(part.o_proj.weight, small)
-                elif isinstance(part, CosmosARMLP):
-                    truncated(part.gate_proj.weight, 0.02)
-                    truncated(part.up_proj.weight, small)
-                    truncated(part.down_proj.weight, small)
+        elif isinstance(module, nn.Linear):
+            std = getattr(module, "init_std", 0.02)
+            init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
         elif isinstance(module, MedusaHead):
-            init.zeros_(module.linear.weight)
-            init.zeros_(module.linear.bias)
-        elif isinstance(module, CosmosARForCausalLM):
-            truncated(module.lm_head.weight, self.config.hidden_size**-0.5)
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
 
 class CosmosARModel(CosmosARPreTrainedModel):
@@ -310,7 +296,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
     def __init__(self, config: CosmosARConfig):
         super().__init__(config)
         self.model = CosmosARModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = projection(config.hidden_size, config.vocab_size, config.hidden_size**-0.5)
         self.medusa_heads = nn.ModuleList([MedusaHead(config.hidden_size) for _ in range(config.medusa_num_heads)])
         self.post_init()
 

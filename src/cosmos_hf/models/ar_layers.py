@@ -117,6 +117,18 @@ class CosmosARRMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
+def projection(inputs: int, outputs: int, std: float) -> nn.Linear:
+    """A linear layer without bias that says how it is to be initialised."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.init_std = std
+    return linear
+
+
+def residual_std(layer_idx: int) -> float:
+    """Layers that write to the residual start the smaller the deeper they are."""
+    return 0.02 / (2 * (layer_idx + 1)) ** 0.5
+
+
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, is_causal=None, **kwargs
 ):
@@ -149,10 +161,10 @@ class CosmosARAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(context_dim or config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(context_dim or config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = projection(config.hidden_size, queries, 0.02)
+        self.k_proj = projection(context_dim or config.hidden_size, keys, 0.02)
+        self.v_proj = projection(context_dim or config.hidden_size, keys, 0.02)
+        self.o_proj = projection(queries, config.hidden_size, residual_std(layer_idx))
         self.q_norm = CosmosARRMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = CosmosARRMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -211,11 +223,11 @@ class CosmosARAttention(nn.Module):
 
 
 class CosmosARMLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = projection(config.hidden_size, config.intermediate_size, 0.02)
+        self.up_proj = projection(config.hidden_size, config.intermediate_size, residual_std(layer_idx))
+        self.down_proj = projection(config.intermediate_size, config.hidden_size, residual_std(layer_idx))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -224,7 +236,6 @@ class CosmosARMLP(nn.Module):
 class CosmosARDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.layer_idx = layer_idx
         self.input_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = CosmosARAttention(config, layer_idx)
         self.cross_attn = None
@@ -232,7 +243,7 @@ class CosmosARDecoderLayer(GradientCheckpointingLayer):
             self.cross_attn_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.cross_attn = CosmosARAttention(config, layer_idx, context_dim=config.cross_attention_dim)
         self.post_attention_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = CosmosARMLP(config)
+        self.mlp = CosmosARMLP(config, layer_idx)
 
     def forward(
         self,

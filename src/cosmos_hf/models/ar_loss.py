@@ -23,7 +23,7 @@ class ARLoss(NamedTuple):
 
 
 def chunked_loss(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, z_loss_weight: float, chunk: int = 1024,
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, z_loss_weight: float, chunk: int = 512,
     shift: int = 1,
 ) -> ARLoss:  # fmt: skip
     """Hidden states [B, S, D] and the tokens themselves [B, S] -> loss of predicting each token `shift` places earlier.

@@ -21,10 +21,11 @@ class MedusaHead(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.weight = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + nn.functional.silu(self.linear(hidden_states))
+        return hidden_states + nn.functional.silu(nn.functional.linear(hidden_states, self.weight, self.bias))
 
 
 @dataclass
