@@ -136,7 +136,7 @@ print(peak() - before)
 
 
 def test_logits_never_exist_whole():
-    """1024 positions of 64 000 codes are 250 MiB; a step in chunks of 32 takes less than half, one in a piece several times that."""
+    """1024 positions of 64 000 codes are 250 MiB; a step in chunks of 32 takes less than half, one in a piece far more."""
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, check=True, text=True).stdout
     chunked, whole = map(float, out.split())
     assert chunked < 125, chunked

@@ -234,8 +234,9 @@ class CosmosARModel(CosmosARPreTrainedModel):
             position_ids = default_positions(attention_mask, past, length, device)
         rotation, absolute = self.positions(position_ids, shape, inputs_embeds.dtype)
 
-        # One new token sees all of the past, and a first chunk is causal by itself: neither needs a mask.
-        plain = attention_mask is None and not packed and isinstance(past, int) and (length == 1 or past == 0)
+        # One new token sees all of the past, and a first chunk is causal by itself (flex attention apart): no mask is needed.
+        causal = past == 0 and config._attn_implementation != "flex_attention" if isinstance(past, int) else False
+        plain = attention_mask is None and not packed and isinstance(past, int) and (length == 1 or causal)
         mask, key_length = None, past + length if static and plain else None
         if not plain:
             mask = create_causal_mask(
