@@ -2,7 +2,7 @@
 
     accelerate launch training/train_medusa.py --config training/configs/nano_medusa.yaml --output_dir runs/nano_medusa
 
-`<output_dir>/export` is what `CosmosAutoregressivePipeline.from_pretrained` reads; `medusa_generate` uses the heads.
+`<output_dir>/export` is what `CosmosAutoregressivePipeline.from_pretrained` reads; `speculative_generate` uses the heads.
 """
 
 import logging

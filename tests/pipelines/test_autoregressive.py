@@ -132,6 +132,14 @@ def test_longer_worlds_slide_over_codes(with_text):
         assert torch.equal(out[:, start + 2].flatten(1), expected), start
 
 
+def test_guessed_codes_do_not_change_the_most_probable_video(with_text):
+    arguments = dict(video=clip(5), prompt="A red cube.", temperature=0)
+    plain, guessed = run(with_text, **arguments), run(with_text, **arguments, draft="previous_frame")
+    assert torch.equal(plain, guessed)
+    a, b = (run(with_text, video=clip(5), draft="previous_frame", generator=g) for g in seeds(1, 2))
+    assert not torch.equal(a, b)
+
+
 def test_progress_bar_counts_codes(plain, capsys):
     plain.set_progress_bar_config(disable=False)
     run(plain, video=clip(5))
@@ -149,6 +157,8 @@ def test_progress_bar_counts_codes(plain, capsys):
         (dict(video=clip(5), height=20), "height must be a multiple of 8, got 20: use 16 or 24"),
         (dict(video=clip(5), output_type="gif"), "output_type must be one of"),
         (dict(video=clip(5), top_p=1.5), r"top_p in \[0, 1\]"),
+        (dict(video=clip(5), draft="heads"), "no Medusa heads"),
+        (dict(video=clip(5), draft="x"), "draft must be None or one of"),
         (dict(video=clip(5), temperature=-1.0), "temperature must be >= 0"),
         (dict(video=clip(5), overlap_latent_frames=3), "less than the window of 3, got 3"),
         (dict(video=clip(5), generator=seeds(1, 2)), "2 generators for 1 sequences"),

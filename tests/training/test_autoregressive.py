@@ -16,7 +16,7 @@ from cosmos_hf.models.ar_cosmos import PRESETS as SIZES
 from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_loss import IGNORED, chunked_loss
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
-from cosmos_hf.models.medusa_cosmos import medusa_generate
+from cosmos_hf.models.medusa_cosmos import speculative_generate
 from cosmos_hf.training import autoregressive, medusa
 from cosmos_hf.training.autoregressive import AutoregressiveConfig, AutoregressiveLoss, TokenBatches, build_model
 from cosmos_hf.training.config import family_of
@@ -317,7 +317,7 @@ def test_heads_learn_and_save_passes(settings, tmp_path):
     network = model.transformer.eval()
     prompt = tokens[:2, :8]
     greedy = network.generate(prompt)
-    out = medusa_generate(network, prompt)
+    out = speculative_generate(network, prompt)
     assert torch.equal(out.sequences, greedy)
     assert out.forward_passes < 0.5 * greedy[:, 8:].numel()
 

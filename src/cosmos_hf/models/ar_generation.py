@@ -187,6 +187,15 @@ def draw(scores: torch.Tensor, generator=None, top_p: float | None = None) -> to
     return order.gather(-1, (values / noise[:, : values.shape[-1]]).argmax(-1, keepdim=True))
 
 
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities [B, V] with those that top-p cuts off at zero; not rescaled."""
+    if top_p >= 1:
+        return probabilities.clone()
+    values, order = probabilities.sort(dim=-1, descending=True)
+    values = values.masked_fill(values.cumsum(-1) - values > top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, order, values)
+
+
 def exponential(like: torch.Tensor, generator) -> torch.Tensor:
     """Exp(1) noise of a shape [B, V], row i from its own generator where there is a list of them."""
     if isinstance(generator, (list, tuple)):

@@ -56,12 +56,15 @@ class GridPositions(nn.Module):
         self.config, self._tables = config, {}
 
     def forward(self, position_ids, latent_shape, dtype) -> tuple[tuple, torch.Tensor | None]:
-        """Position ids [B or 1, S] -> ((cos, sin) each [B or 1, S, head_dim], absolute embedding [B or 1, S, D] or None)."""
+        """Position ids [B or 1, S] -> ((cos, signed sin) [B or 1, S, head_dim], absolute embedding [B or 1, S, D] or None)."""
         key = (latent_shape, position_ids.device, dtype)
         if key not in self._tables:
             if len(self._tables) >= 8:  # a served model may see many grids
                 self._tables.clear()
-            made = (*rotation_table(self.config, latent_shape), absolute_table(self.config, latent_shape))
+            cos, sin = rotation_table(self.config, latent_shape)
+            half = sin.shape[1] // 2
+            signed = torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # the sign that `rotate` needs
+            made = (cos, signed, absolute_table(self.config, latent_shape))
             self._tables[key] = [None if t is None else t.to(position_ids.device, dtype) for t in made]
         cos, sin, absolute = self._tables[key]
         return (cos[position_ids], sin[position_ids]), None if absolute is None else absolute[position_ids]
@@ -96,9 +99,8 @@ def absolute_table(config, latent_shape) -> torch.Tensor | None:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [B, N, S, head_dim]; the first half of the channels pairs with the second."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotate [B, N, S, head_dim]; the first half of the channels pairs with the second, where sin is negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class CosmosARAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, D] -> ([B, S, D], weights or None).
 
-        rotation: cos and sin [B or 1, S, head_dim], for attention over the past. context: [B, L, context_dim], else.
+        rotation: cos and signed sin [B or 1, S, head_dim], for attention over the past. context: [B, L, context_dim], else.
         key_length: how many of a static cache's positions are filled, where only those shall be read.
         """
         shape = (*hidden_states.shape[:2], -1, self.head_dim)

@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..data.video import to_float
 from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.medusa_cosmos import DRAFTS, speculative_generate
 from .encode import check_size, check_text, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
 
@@ -81,6 +82,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        draft: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> CosmosPipelineOutput | tuple:
@@ -100,6 +102,8 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             temperature, top_p: how codes are drawn; top_p=0 or temperature=0 takes the most probable.
             generator: a torch generator, or one per video: then a seed gives the same video alone or in a batch.
             prompt_embeds: text embeddings [B, N, D] instead of prompts.
+            draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
+                (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
             output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'].
 
         Raises ValueError for contradictions and sizes that the models cannot represent.
@@ -113,6 +117,8 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             raise ValueError(
                 "the pipeline has no text_encoder: give prompt_embeds, or load it with tokenizer and text_encoder"
             )
+        if draft not in (None, *DRAFTS):
+            raise ValueError(f"draft must be None or one of {', '.join(DRAFTS)}, got {draft!r}")
         factor = self.vae.config.temporal_compression
         most = run["num_frames"] - factor
         if most < 1:
@@ -139,7 +145,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
         # The tokenizer is causal: the codes of the given frames do not depend on what follows, so nothing is padded.
         pixels = to_float(frames).to(device, self.vae.dtype)
         codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
-        codes = self._continue(codes, self.vae.latent_frames(run["num_frames"]), overlap, run, generator, text)
+        codes = self._continue(codes, self.vae.latent_frames(run["num_frames"]), overlap, run, generator, text, draft)
         frames = decode_indices(self.vae, codes, output_type)
         self.maybe_free_model_hooks()
         return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
@@ -167,16 +173,15 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             )
         return overlap
 
-    def _continue(self, codes, latent_frames: int, overlap: int, run: dict, generator, text) -> torch.Tensor:
+    def _continue(self, codes, latent_frames: int, overlap: int, run: dict, generator, text, draft) -> torch.Tensor:
         """Codes [B, t, H', W'] -> [B, latent_frames, H', W'], window by window; a window sees the last `overlap` frames,
         the first one all that is given and fits."""
         config = self.transformer.config
         window, (height, width) = config.latent_shape[0], codes.shape[2:]
-        options = dict(do_sample=run["temperature"] > 0 and run["top_p"] > 0)
-        if options["do_sample"]:
+        options = {} if text is None else {"encoder_hidden_states": text}
+        sampled = run["temperature"] > 0 and run["top_p"] > 0
+        if sampled:
             options |= dict(temperature=float(run["temperature"]), top_p=float(run["top_p"]), generator=generator)
-        if text is not None:
-            options["encoder_hidden_states"] = text
         with self.progress_bar(total=(latent_frames - codes.shape[1]) * height * width) as bar:
             while codes.shape[1] < latent_frames:
                 seen = codes[:, -overlap:] if codes.shape[1] >= window else codes
@@ -184,12 +189,15 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
                 prompt = seen.flatten(1)
                 if config.bov_token_id is not None:
                     prompt = torch.cat([prompt.new_full((len(prompt), 1), config.bov_token_id), prompt], dim=1)
-                tokens = self.transformer.generate(
-                    prompt,
-                    latent_shape=(seen.shape[1] + new, height, width),
-                    streamer=_Progress(bar),
-                    **options,
-                )
+                grid = (seen.shape[1] + new, height, width)
+                if draft is not None:
+                    tokens = speculative_generate(
+                        self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options
+                    ).sequences
+                else:
+                    tokens = self.transformer.generate(
+                        prompt, do_sample=sampled, latent_shape=grid, streamer=_Progress(bar), **options
+                    )
                 tokens = tokens[:, prompt.shape[1] :].view(-1, new, height, width)
                 codes = torch.cat([codes, tokens], dim=1)
         return codes
