@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from cosmos_hf.training import diffusion, tokenizer
+from cosmos_hf.training import autoregressive, diffusion, medusa, tokenizer
 from cosmos_hf.training.config import TokenizerConfig, parse
 
 FILES = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
@@ -18,21 +18,29 @@ PARAMETERS = {  # millions, of the network that the run trains
     "nano_video2world": 6.9,
     "nano_tokenizer": 3.0,
     "nano_discrete_tokenizer": 3.0,
+    "nano_autoregressive": 6.4,
+    "cosmos_4b_autoregressive": 4014,
 }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_builds(path):
     settings = yaml.safe_load(path.read_text())
-    family = diffusion if "family" in settings else tokenizer
-    config = parse(diffusion.DiffusionConfig if family is diffusion else TokenizerConfig, ["--config", str(path)])
+    kinds = {
+        None: (tokenizer, TokenizerConfig),
+        "diffusion": (diffusion, diffusion.DiffusionConfig),
+        "autoregressive": (autoregressive, autoregressive.AutoregressiveConfig),
+        "medusa": (medusa, medusa.MedusaConfig),
+    }
+    family, settings_class = kinds[settings.get("family")]
+    config = parse(settings_class, ["--config", str(path)])
     for name, value in settings.items():
         assert getattr(config, name) == value, name
     if config.init_from:
         return  # its size is that of the run that it goes on from
     with torch.device("meta"):
         model = family.build_model(config)
-    network = model.transformer if family is diffusion else model
+    network = model if family is tokenizer else model.transformer
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert millions == pytest.approx(PARAMETERS.get(path.stem, millions), rel=0.02)
 

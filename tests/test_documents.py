@@ -31,6 +31,7 @@ def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """The blocks of a page share their variables, in order; the files that it names are there."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
     text, variables = page.read_text(), {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(code, page.name, "exec"), variables)

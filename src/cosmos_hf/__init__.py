@@ -8,6 +8,9 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CosmosARConfig": "models.ar_cosmos",
+    "CosmosARForCausalLM": "models.ar_cosmos",
+    "CosmosAutoregressivePipeline": "pipelines.autoregressive",
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
     "CosmosPromptUpsampler": "pipelines.prompt_upsampler",
     "CosmosImageTokenizer": "models.autoencoder_cosmos_image",

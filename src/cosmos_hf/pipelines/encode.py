@@ -82,7 +82,8 @@ def check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, g
 
 def check_size(pipe, height: int, width: int, num_frames: int):
     """Height and width must be multiples of the tokenizer's factor times the patch; frames 1 + k * factor."""
-    factor = pipe.vae.config.spatial_compression * pipe.transformer.config.patch_size[1]
+    patch = getattr(pipe.transformer.config, "patch_size", (1, 1, 1))[1]  # an autoregressive model has none
+    factor = pipe.vae.config.spatial_compression * patch
     for name, size in (("height", height), ("width", width)):
         if size <= 0 or size % factor:
             below, above = size // factor * factor, (size // factor + 1) * factor

@@ -17,7 +17,8 @@ class CosmosPipelineOutput(BaseOutput):
 
     `frames`, by `output_type`: "pil" a list (batch) of lists (frames) of PIL images; "np" float32 [B, T, H, W, 3] in
     [0, 1]; "pt" [B, T, 3, H, W] in [0, 1]; "latent" the sampler's result [B, C, T', H', W'], that is `sigma_data` times
-    the normalised latents (`vae.denormalize(latents / sigma_data)` decodes).
+    the normalised latents (`vae.denormalize(latents / sigma_data)` decodes), and the codes [B, T', H', W'] of an
+    autoregressive pipeline.
     `fps`: frames per second that the video was generated for.
     """
 
@@ -37,4 +38,12 @@ def decode_latents(vae, latents: torch.Tensor, sigma_data: float, output_type: s
     video = torch.cat([vae.decode(item[None]).sample.float() for item in latents])
     if letterbox is not None:
         video = letterbox.cut(video)
+    return VideoProcessor(vae_scale_factor=vae.config.spatial_compression).postprocess_video(video, output_type)
+
+
+def decode_indices(vae, indices: torch.Tensor, output_type: str):
+    """Codes [B, T', H', W'] -> frames as `output_type` wants them ("latent": the codes), item by item."""
+    if output_type == "latent":
+        return indices
+    video = torch.cat([vae.decode_indices(item[None]).sample.float() for item in indices])
     return VideoProcessor(vae_scale_factor=vae.config.spatial_compression).postprocess_video(video, output_type)

@@ -44,7 +44,8 @@ def model_hash(model: nn.Module) -> str:
 
 
 class LatentDataset(Dataset):
-    """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), `fps`, `caption`, `key`.
+    """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), or the `indices` int64
+    [T', H', W'] of a discrete tokenizer; `fps`, `caption`, `key`.
 
     Args:
         windows: per clip the files of its windows.
@@ -63,8 +64,9 @@ class LatentDataset(Dataset):
         files = self.windows[index]
         path = files[int(np.random.default_rng(draw).integers(len(files))) if self.random else 0]
         with safe_open(path, "pt") as file:
-            latents, fps = file.get_tensor("latents").float(), float(file.metadata()["fps"])
-        return {"latents": latents, "fps": fps, "caption": self.captions[index], "key": self.keys[index]}
+            tensors, fps = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["fps"])  # noqa: SIM118
+        coded = {n: t.float() if t.is_floating_point() else t.long() for n, t in tensors.items()}
+        return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]}
 
 
 @torch.no_grad()
@@ -121,12 +123,16 @@ def _video_hash(clips: ClipDataset, files: dict) -> str:
 
 def _write_window(sample: dict, start: int, num_frames: int, tokenizer: CosmosVideoTokenizer, path: Path):
     video = to_float(sample["video"][:, start : start + num_frames])[None]
-    latents = tokenizer.encode(video.to(tokenizer.device, tokenizer.dtype)).latents.float()
-    latents = tokenizer.normalize(latents)[0].half().cpu().contiguous()
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"the latents of {sample['key']!r} are not finite: look at the tokenizer's latents_std")
+    coded = tokenizer.encode(video.to(tokenizer.device, tokenizer.dtype))
+    if coded.indices is not None:
+        tensors = {"indices": coded.indices[0].int().cpu().contiguous()}
+    else:
+        latents = tokenizer.normalize(coded.latents.float())[0].half().cpu().contiguous()
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"the latents of {sample['key']!r} are not finite: look at the tokenizer's latents_std")
+        tensors = {"latents": latents}
     metadata = {"fps": repr(sample["fps"])}
-    _write(path, lambda temporary: save_file({"latents": latents}, temporary, metadata))
+    _write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def _write(path: Path, write):

@@ -5,6 +5,7 @@
 The file sets defaults, flags override, an unknown key in either is an error.
 """
 
+import argparse
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
@@ -151,6 +152,20 @@ def parse(cls: type[RunConfig], argv: list[str] | None = None) -> RunConfig:
     if not config.output_dir or not config.data:
         raise ValueError("output_dir and data must be given, in the file or as flags")
     return config
+
+
+def family_of(argv: list[str] | None, families: tuple[str, ...]) -> str:
+    """The kind of world model that flags or `--config` name; the first of `families` where neither does."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--family")
+    known = parser.parse_known_args(argv)[0]
+    family = known.family
+    if family is None and known.config:
+        family = (yaml.safe_load(Path(known.config).read_text()) or {}).get("family")
+    if family not in (None, *families):
+        raise ValueError(f"family must be {' or '.join(families)}, got {family!r}")
+    return family or families[0]
 
 
 def read_yaml(cls: type, path: str | Path) -> dict:

@@ -165,23 +165,24 @@ class Texts:
                     config.progress,
                 )
 
-    def collate(self, samples: list[dict]) -> dict:
-        captions = [sample["caption"] for sample in samples]
+    def encode(self, captions: list[str]):
         if self.paths is None:
-            text = tokenize(self.tokenizer, captions, self.length)
-        else:
-            text = torch.stack([load_text(self.paths[caption], self.length) for caption in captions])
+            return tokenize(self.tokenizer, captions, self.length)
+        return torch.stack([load_text(self.paths[caption], self.length) for caption in captions])
+
+    def collate(self, samples: list[dict]) -> dict:
+        text = self.encode([sample["caption"] for sample in samples])
         latents = torch.stack([sample["latents"] for sample in samples])
         return {"latents": latents, "text": text, "fps": torch.tensor([sample["fps"] for sample in samples])}
 
 
 def build_datasets(
-    config: DiffusionConfig, vae: CosmosVideoTokenizer
+    config: DiffusionConfig, vae: CosmosVideoTokenizer, need_caption: bool = True
 ) -> tuple[LatentDataset, dict[str, LatentDataset]]:
     """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips)."""
     if (config.num_frames - 1) % vae.config.temporal_compression:
         raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
-    if vae.config.latents_mean is None:
+    if vae.config.latents_mean is None and vae.config.quantizer is None:
         raise ValueError(
             f"{config.vae} has no latents_mean and latents_std in its config: run compute_latent_stats first"
         )
@@ -193,7 +194,7 @@ def build_datasets(
             size=(config.height, config.width) if config.height else None,
             fps=config.fps or None,
             random=False,
-            need_caption=True,
+            need_caption=need_caption,
             on_broken=config.on_broken,
         )
         share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes)

@@ -1,0 +1,46 @@
+"""Continue an image or a video with an autoregressive model.
+
+    python pipelines/ar_video2world.py --model cosmos-5b --input robot.mp4 --prompt "A robot arm picks up the red cube."
+
+The input is treated as in `video2world.py`. Videos longer than the model's grid are made by sliding windows over the codes.
+"""
+
+import argparse
+
+import torch
+
+from cosmos_hf import CosmosAutoregressivePipeline
+from cosmos_hf.data.video import IMAGE_SUFFIXES
+from cosmos_hf.pipelines.scripting import report, save_result
+
+INTEGERS = ("height", "width", "num_frames", "num_conditioning_frames", "overlap_latent_frames")
+NUMBERS = ("fps", "temperature", "top_p")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    parser.add_argument("--input", required=True, help="image or video file")
+    parser.add_argument("--prompt")
+    parser.add_argument("--output", default="outputs/world.mp4")
+    for name in INTEGERS + NUMBERS:
+        parser.add_argument(f"--{name}", type=int if name in INTEGERS else float, help="default: the model's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    args = parser.parse_args(argv)
+    with report(parser):
+        pipe = CosmosAutoregressivePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
+            args.device
+        )
+        kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
+        result = pipe(
+            **{kind: args.input, "prompt": args.prompt} | {name: getattr(args, name) for name in INTEGERS + NUMBERS},
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="pt",
+        )
+        save_result(args, pipe, result, input=args.input)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a call of the autoregressive model must fulfil; refused by name before anything is computed."""
+
+import torch
+from transformers.cache_utils import Cache
+
+
+def check_latent_shape(shape, name: str = "latent_shape") -> tuple[int, int, int]:
+    """Three positive sizes as a tuple. Raises ValueError otherwise."""
+    if shape is None or len(shape) != 3 or any(int(size) != size or size < 1 for size in shape):
+        raise ValueError(f"{name} must be three positive sizes [T, H, W] of a latent grid, got {shape}")
+    return tuple(int(size) for size in shape)
+
+
+def check_tokens(config, input_ids: torch.Tensor, name: str = "input_ids"):
+    """Every token must be a code, or one of the special rows behind them."""
+    if input_ids.is_floating_point() or input_ids.ndim != 2:
+        raise ValueError(f"{name} must be integers [B, S], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if input_ids.is_meta or not input_ids.numel():
+        return
+    low, high = (int(value) for value in input_ids.aminmax())
+    if low < 0 or high >= config.embedding_size:
+        special = config.embedding_size - config.codebook_size
+        raise ValueError(
+            f"{name} must lie in the codebook, 0..{config.codebook_size - 1}"
+            f"{f' (special tokens up to {config.embedding_size - 1})' if special else ''}, got {low}..{high}: "
+            f"was the video coded by another tokenizer?"
+        )
+
+
+def check_length(config, latent_shape, length: int, past: int, name: str = "input_ids"):
+    """No more tokens than the grid has positions."""
+    capacity = config.num_positions(latent_shape)
+    if past + length > capacity:
+        bov = " and <bov>" if config.bov_token_id is not None else ""
+        already = f" after {past} in the cache" if past else ""
+        raise ValueError(
+            f"{name} has {length} tokens{already}, the latent grid {list(latent_shape)} holds {capacity}{bov and ' with'}{bov}: "
+            f"give a shorter prompt or the latent_shape of your video"
+        )
+
+
+def check_cache(cache: Cache | None, needed: int):
+    """A cache of fixed size must hold all tokens."""
+    size = cache.get_max_length() if cache is not None and len(cache) else -1
+    if size is not None and 0 <= size < needed:
+        raise ValueError(
+            f"past_key_values holds {size} tokens, {needed} are needed: make it with max_cache_len={needed} or more"
+        )
+
+
+def check_context(config, batch: int, cache: Cache | None, states, mask):
+    """Text embeddings where, and only where, the model attends to them."""
+    if config.cross_attention_dim is None:
+        for name, value in (("encoder_hidden_states", states), ("encoder_attention_mask", mask)):
+            if value is not None:
+                raise ValueError(f"{name} would be ignored: this model has no cross-attention (cross_attention_dim)")
+        return
+    kept = bool(getattr(cache, "is_updated", None) and cache.is_updated.get(0))
+    if states is None and not kept:
+        raise ValueError(
+            "encoder_hidden_states is missing: this model attends to text. Zeros [B, L, "
+            f"{config.cross_attention_dim}] stand for no text"
+        )
+    if states is not None and (states.ndim != 3 or states.shape[2] != config.cross_attention_dim):
+        raise ValueError(
+            f"encoder_hidden_states must be [B, L, {config.cross_attention_dim}], got {tuple(states.shape)}"
+        )
+    if states is not None and states.shape[0] != batch:
+        raise ValueError(f"encoder_hidden_states has {states.shape[0]} items, input_ids {batch}")
+    if mask is not None:
+        length = cache.cross_attention_cache.layers[0].keys.shape[2] if states is None else states.shape[1]
+        if tuple(mask.shape) != (batch, length):
+            raise ValueError(
+                f"encoder_attention_mask must be [{batch}, {length}], one entry per text token, got {tuple(mask.shape)}"
+            )
+
+
+def check_mask(attention_mask, batch: int, needed: int):
+    """[B, past + S]; a 4-D mask is the caller's own."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
+        return
+    if tuple(attention_mask.shape) != (batch, needed):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {needed}], one entry per token so far, got {tuple(attention_mask.shape)}"
+        )
+
+
+def check_call(
+    config, latent_shape, input_ids, batch, length, past, cache, attention_mask, position_ids, states, context_mask
+):
+    """All checks of one forward pass. `past` is a tensor where reading it would cost a synchronisation."""
+    if torch.compiler.is_compiling():
+        return
+    check_context(config, batch, cache, states, context_mask)
+    if length > 1 and input_ids is not None:
+        check_tokens(config, input_ids)
+    if not isinstance(past, int):
+        return
+    check_cache(cache, past + length)
+    check_mask(attention_mask, batch, past + length)
+    if position_ids is None:
+        check_length(config, latent_shape, length, past)
+    elif length > 1 and not position_ids.is_meta and position_ids.max() >= config.num_positions(latent_shape):
+        raise ValueError(
+            f"position_ids go up to {int(position_ids.max())}, the latent grid {list(latent_shape)} has "
+            f"{config.num_positions(latent_shape)} positions"
+        )

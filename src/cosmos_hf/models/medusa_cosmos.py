@@ -1,0 +1,305 @@
+"""Several codes per forward pass of an autoregressive world model (arXiv 2501.03575, section 5.2.4), by guessing and checking.
+
+Guesses come from Medusa heads (arXiv 2401.10774) or from the previous latent frame, for much of a video stays as it was. Head i
+guesses the code i + 2 places ahead from the hidden state that the next code is predicted from; all heads share the output layer.
+Guesses form a tree that one forward pass checks: what the network itself says at every node decides how deep a branch may be
+followed. With "exact" acceptance greedy results are those of `generate`, code for code, and samples have its distribution.
+
+In the paper's best recipe the heads, the last two layers and the output layer are trained (`training/train_medusa.py`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from .ar_generation import nucleus
+
+ACCEPTANCES = ("exact", "typical")
+DRAFTS = ("heads", "previous_frame")
+
+
+class MedusaHead(nn.Module):
+    """A residual layer; it starts as the identity, so that an untrained head guesses what the network says comes next."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + nn.functional.silu(nn.functional.linear(hidden_states, self.weight, self.bias))
+
+
+@dataclass
+class SpeculativeOutput:
+    """`sequences` [B, S + new] with the prompt; `forward_passes` of the network, the prompt's included, over all items."""
+
+    sequences: torch.Tensor
+    forward_passes: int
+
+
+@dataclass(frozen=True)
+class GuessTree:
+    """The nodes that one forward pass checks, parents before children; node 0 is the code that is already certain.
+
+    parents[i]: the node before. depths[i]: 0 for node 0, else the head + 1 that guesses it. choices[i]: which of its guesses.
+    """
+
+    parents: tuple[int, ...]
+    depths: tuple[int, ...]
+    choices: tuple[int, ...]
+
+    def ancestors(self) -> torch.Tensor:
+        """Which node sees which: bool [nodes, nodes], every node its branch and itself."""
+        seen = torch.eye(len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if node:
+                seen[node] |= seen[parent]
+        return seen
+
+
+def guess_tree(widths: tuple[int, ...]) -> GuessTree:
+    """The tree in which head i's `widths[i]` best guesses continue the best branch so far; others are not continued.
+
+    (1, 1, 1) is a chain. Guesses behind a wrong guess are rarely right, so only the first of each depth has children.
+    """
+    if not widths or min(widths) < 1:
+        raise ValueError(f"a tree needs at least one guess per head, got {widths}")
+    parents, depths, choices, best = [0], [0], [0], 0
+    for depth, width in enumerate(widths, start=1):
+        first = len(parents)
+        for choice in range(width):
+            parents.append(best)
+            depths.append(depth)
+            choices.append(choice)
+        best = first
+    return GuessTree(tuple(parents), tuple(depths), tuple(choices))
+
+
+@torch.no_grad()
+def speculative_generate(
+    model,
+    input_ids: torch.LongTensor,
+    max_new_tokens: int | None = None,
+    draft: str = "heads",
+    widths: tuple[int, ...] | None = None,
+    acceptance: str = "exact",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    epsilon: float = 0.09,
+    delta: float = 0.3,
+    latent_shape: tuple[int, int, int] | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    streamer=None,
+) -> SpeculativeOutput:
+    """Continue videos with guessed codes.
+
+    Args:
+        model: `CosmosARForCausalLM`.
+        input_ids: [B, S]; items are generated one after the other, since each accepts another number of guesses.
+        max_new_tokens: default: the rest of the video.
+        draft: "heads" (`medusa_num_heads` > 0 is needed), or "previous_frame": the codes one latent frame before.
+        widths: guesses per head, for the first so many heads, by default one of each; for "previous_frame" a 1 for every
+            code that is guessed at a time, by default 16.
+        acceptance: "exact", or "typical": also guesses whose probability is above min(epsilon, delta * exp(-entropy)), which
+            departs from the network's own choice and takes fewer passes.
+        temperature, top_p: 0 takes the most probable code; above, codes are drawn.
+        generator: a torch generator, or one per item.
+        latent_shape, encoder_hidden_states, encoder_attention_mask: as in `CosmosARForCausalLM.forward`.
+        streamer: as in `generate`; it is given every item's prompt, then its codes.
+    """
+    config = model.config
+    _check_choices(config, draft, acceptance, temperature, top_p)
+    widths = tuple(widths or (1,) * (config.medusa_num_heads if draft == "heads" else 16))
+    if draft == "heads" and len(widths) > config.medusa_num_heads:
+        raise ValueError(f"widths names {len(widths)} heads, the model has {config.medusa_num_heads}")
+    if draft == "previous_frame" and set(widths) != {1}:
+        raise ValueError(f"the previous frame gives one guess per code, got widths={widths}")
+    if isinstance(generator, (list, tuple)) and len(generator) != len(input_ids):
+        raise ValueError(f"{len(generator)} generators for {len(input_ids)} sequences: give one each, or a single one")
+    request = {"latent_shape": latent_shape, "encoder_hidden_states": encoder_hidden_states}
+    request |= {"encoder_attention_mask": encoder_attention_mask, "max_new_tokens": max_new_tokens}
+    request = {name: value for name, value in request.items() if value is not None}
+    model._check_request(input_ids, request)
+    count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
+    rule = _Rule(acceptance, temperature, top_p, epsilon, delta)
+    rows, passes = [], 0
+    for i in range(len(input_ids)):
+        own = {n: v[i : i + 1] if isinstance(v, torch.Tensor) else v for n, v in request.items()}
+        source = generator[i] if isinstance(generator, (list, tuple)) else generator
+        decoder = _Decoder(model, guess_tree(widths), draft, rule, source, own)
+        rows.append(decoder.run(input_ids[i : i + 1], count, streamer))
+        passes += decoder.passes
+    return SpeculativeOutput(torch.cat(rows), passes)
+
+
+def _check_choices(config, draft: str, acceptance: str, temperature: float, top_p: float):
+    for name, value, legal in (("draft", draft, DRAFTS), ("acceptance", acceptance, ACCEPTANCES)):
+        if value not in legal:
+            raise ValueError(f"{name} must be one of {', '.join(legal)}, got {value!r}")
+    if draft == "heads" and not config.medusa_num_heads:
+        raise ValueError(
+            "this model has no Medusa heads (medusa_num_heads=0): train them with training/train_medusa.py, or use "
+            "draft='previous_frame'"
+        )
+    if temperature < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature must be >= 0 and top_p in [0, 1], got {temperature} and {top_p}")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a code is chosen, and which guesses may stand."""
+
+    acceptance: str
+    temperature: float
+    top_p: float
+    epsilon: float
+    delta: float
+
+    def follow(self, scores: torch.Tensor, guesses: list[int], generator) -> tuple[int | None, int]:
+        """What the network says [V], and the guesses for that place -> (index of the guess that stands or None, the code).
+
+        A draw tries one guess after the other: it stands with its probability; if it does not, it is out of the race for the
+        rest. So the code has the network's distribution whatever was guessed.
+        """
+        if self.temperature == 0 or self.top_p == 0:
+            code = int(scores.argmax())
+            if code in guesses:
+                return guesses.index(code), code
+            likely = self._likely(scores, guesses)
+            return (None, code) if likely is None else (likely, guesses[likely])
+        likely = self._likely(scores, guesses)
+        if likely is not None:
+            return likely, guesses[likely]
+        left = nucleus((scores / self.temperature).softmax(-1)[None], self.top_p)[0]
+        for i, guess in enumerate(guesses):
+            if _uniform(generator) * float(left.sum()) < float(left[guess]):
+                return i, guess
+            left[guess] = 0.0
+        return None, int((left / _exponential(left, generator)).argmax())
+
+    def _likely(self, scores: torch.Tensor, guesses: list[int]) -> int | None:
+        """The most probable guess, where acceptance is typical and it is probable enough."""
+        if self.acceptance != "typical" or not guesses:
+            return None
+        log = scores.log_softmax(-1)
+        entropy = float(-(log.exp() * log).sum())
+        chances = log[torch.tensor(guesses, device=log.device)].exp()
+        best = int(chances.argmax())
+        return best if float(chances[best]) > min(self.epsilon, self.delta * math.exp(-entropy)) else None
+
+
+def _uniform(generator) -> float:
+    return float(torch.rand((), generator=generator, device="cpu" if generator is None else generator.device))
+
+
+def _exponential(like: torch.Tensor, generator) -> torch.Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.empty(like.shape, device=device).exponential_(1, generator=generator).to(like.device)
+
+
+class _Decoder:
+    """One sequence: a cache, and the loop of guessing, checking and keeping."""
+
+    def __init__(self, model, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
+        self.model, self.tree, self.draft, self.rule = model, tree, draft, rule
+        self.generator, self.inputs, self.passes = generator, inputs, 0
+        self.cache = DynamicCache(config=model.config)
+        if model.config.cross_attention_dim is not None:
+            self.cache = EncoderDecoderCache(self.cache, DynamicCache(config=model.config))
+        self.seen = tree.ancestors().to(model.device)
+        self.depths = torch.tensor(tree.depths, device=model.device)
+        self.children = [
+            [i for i, p in enumerate(tree.parents) if i and p == node] for node in range(len(tree.parents))
+        ]
+
+    def run(self, prompt: torch.Tensor, count: int, streamer) -> torch.Tensor:
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+        end = prompt.shape[1] + count
+        states = self._forward(prompt)[:, -1:]
+        _, code = self.rule.follow(self._scores(states)[0, 0], [], self.generator)
+        sequence = torch.cat([prompt, prompt.new_tensor([[code]])], dim=1)
+        while sequence.shape[1] < end:
+            past = sequence.shape[1] - 1
+            # Guesses that would stand behind the last code asked for are not made.
+            nodes = int((self.depths < end - past).sum())
+            guesses = self._guess(states, sequence, nodes)
+            states, accepted, code = self._check(guesses, past)
+            new = torch.cat([accepted, accepted.new_tensor([[code]])], dim=1)
+            sequence = torch.cat([sequence, new], dim=1)
+        if streamer is not None:
+            for code in sequence[0, prompt.shape[1] : end].cpu():
+                streamer.put(code[None])
+            streamer.end()
+        return sequence[:, :end]
+
+    def _forward(self, tokens: torch.Tensor, **more) -> torch.Tensor:
+        self.passes += 1
+        out = self.model.model(tokens, past_key_values=self.cache, use_cache=True, **self.inputs, **more)
+        if self.model.config.cross_attention_dim is not None and "encoder_attention_mask" not in self.inputs:
+            self.inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+        return out.last_hidden_state
+
+    def _scores(self, states: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(states)[..., : self.model.config.codebook_size].float()
+
+    def _guess(self, states: torch.Tensor, sequence: torch.Tensor, nodes: int) -> torch.Tensor:
+        """Hidden state [1, 1, D] that the sequence's last code came from -> codes of the tree's first nodes [1, n], n <= nodes."""
+        last = sequence[:, -1:]
+        if self.draft == "previous_frame":
+            config = self.model.config
+            _, height, width = self.inputs.get("latent_shape") or config.latent_shape
+            start = sequence.shape[1] - height * width
+            if start < (config.bov_token_id is not None):
+                return last  # the first latent frame has none before it
+            return torch.cat([last, sequence[:, start : start + min(nodes - 1, height * width)]], dim=1)
+        widths = [self.tree.depths[:nodes].count(d) for d in range(1, 1 + max(self.tree.depths[:nodes]))]
+        if not widths:
+            return last
+        heads = [head(states) for head in self.model.medusa_heads[: len(widths)]]
+        scores = self._scores(torch.cat(heads, dim=1))
+        return torch.cat([last, *(scores[:, i].topk(width).indices for i, width in enumerate(widths))], dim=1)
+
+    def _check(self, guesses: torch.Tensor, past: int):
+        """One forward pass over the tree -> (state behind the last accepted node, accepted codes [1, n], the code after them)."""
+        nodes = guesses.shape[1]
+        mask = None
+        if nodes > 1:
+            mask = torch.cat([self.seen.new_ones(nodes, past), self.seen[:nodes, :nodes]], dim=1)[None, None]
+            if self.model.config._attn_implementation == "eager":
+                hidden = torch.finfo(self.model.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, hidden)
+        positions = (past + self.depths[:nodes])[None]
+        states = self._forward(guesses, attention_mask=mask, position_ids=positions)
+        scores, codes = self._scores(states)[0], guesses[0].tolist()
+        path = [0]
+        while True:
+            children = [child for child in self.children[path[-1]] if child < nodes]
+            chosen, code = self.rule.follow(scores[path[-1]], [codes[child] for child in children], self.generator)
+            if chosen is None:
+                break
+            path.append(children[chosen])
+        self._keep(past, path, nodes)
+        index = torch.tensor(path, device=guesses.device)
+        return states[:, path[-1]][:, None], guesses[:, index[1:]], code
+
+    def _keep(self, past: int, path: list[int], nodes: int):
+        """Leave in the cache what was accepted."""
+        if path == list(range(nodes)):
+            return
+        cache: Cache = self.cache.self_attention_cache if isinstance(self.cache, EncoderDecoderCache) else self.cache
+        index = torch.tensor([past + node for node in path])
+        in_place = path == list(range(len(path)))
+        for layer in cache.layers:
+            if in_place:
+                layer.keys = layer.keys[:, :, : past + len(path)]
+                layer.values = layer.values[:, :, : past + len(path)]
+            else:
+                rows = torch.cat([torch.arange(past), index]).to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[:, :, rows], layer.values[:, :, rows]

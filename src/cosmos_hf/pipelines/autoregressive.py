@@ -1,0 +1,217 @@
+"""Autoregressive video to world: the future of an image or a video, code by code (arXiv 2501.03575, section 5.2)."""
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from ..data.video import to_float
+from ..models.ar_cosmos import CosmosARForCausalLM
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.medusa_cosmos import DRAFTS, speculative_generate
+from .encode import check_size, check_text, encode_prompts, read_conditioning, repeat_to_batch
+from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
+
+# The published models were trained with one and with nine frames given, so more than nine are not taken unasked.
+DEFAULT_CONDITIONING_FRAMES = 9
+
+
+class CosmosAutoregressivePipeline(DiffusionPipeline):
+    """Continues an image or the last frames of a video by generating the codes of its next frames.
+
+    Args:
+        vae: the discrete video tokenizer; its codebook is the transformer's.
+        transformer: the language model over its codes.
+        tokenizer, text_encoder: T5, for models with cross-attention; its embeddings are zeroed past the prompt's end and
+            attended without a mask.
+        height, width, num_frames, fps, temperature, top_p: what a call uses unless it says otherwise; what the model was
+            trained for.
+        max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder"]
+
+    def __init__(
+        self,
+        vae: CosmosVideoTokenizer,
+        transformer: CosmosARForCausalLM,
+        tokenizer: T5TokenizerFast | PreTrainedTokenizerBase | None = None,
+        text_encoder: T5EncoderModel | None = None,
+        height: int = 640,
+        width: int = 1024,
+        num_frames: int = 33,
+        fps: float = 25,
+        temperature: float = 1.0,
+        top_p: float = 0.8,
+        max_sequence_length: int = 512,
+    ):
+        super().__init__()
+        if vae.config.quantizer is None:
+            raise ValueError("vae is a continuous tokenizer (quantizer=None): the codes of a discrete one are needed")
+        if vae.fsq.codebook_size != transformer.config.codebook_size:
+            raise ValueError(
+                f"the tokenizer has {vae.fsq.codebook_size} codes, the transformer {transformer.config.codebook_size} "
+                f"(codebook_size): they do not belong together"
+            )
+        self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder)
+        self.register_to_config(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            fps=fps,
+            temperature=temperature,
+            top_p=top_p,
+            max_sequence_length=max_sequence_length,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image=None,
+        video=None,
+        prompt: str | list[str] | None = None,
+        num_conditioning_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        overlap_latent_frames: int | None = None,
+        fps: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        draft: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> CosmosPipelineOutput | tuple:
+        """Generate; the result begins with the given frames, as the tokenizer reconstructs them.
+
+        Args:
+            image, video: exactly one of them: a path, PIL image (a list of them is a video), array or tensor as
+                `cosmos_hf.data.video.read_video` takes it, or a list of such, one per prompt. Resized until the output's size
+                is covered and cropped to its centre; a file is resampled to `fps`, anything else is taken to have it.
+            prompt: a description, or a list, for models that attend to text; None continues without.
+            num_conditioning_frames: how many of the video's last frames to continue from, 1 + k * the tokenizer's temporal
+                factor and less than num_frames; None takes the most that the video has, at most 9.
+            height, width: pixels, multiples of the tokenizer's factor: any latent grid.
+            num_frames: pixel frames of the result, 1 + k * the tokenizer's temporal factor. What is longer than the
+                transformer's `latent_shape` is made by sliding windows over the codes, decoded in one piece.
+            overlap_latent_frames: latent frames that a window takes over from the one before; None: half of the window.
+            temperature, top_p: how codes are drawn; top_p=0 or temperature=0 takes the most probable.
+            generator: a torch generator, or one per video: then a seed gives the same video alone or in a batch.
+            prompt_embeds: text embeddings [B, N, D] instead of prompts.
+            draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
+                (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
+            output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'].
+
+        Raises ValueError for contradictions and sizes that the models cannot represent.
+        """
+        run = self._resolve(height, width, num_frames, fps, temperature, top_p, output_type)
+        takes_text = self.transformer.config.cross_attention_dim is not None
+        check_text(prompt, None, prompt_embeds, None, 0)
+        if not takes_text and (prompt is not None or prompt_embeds is not None):
+            raise ValueError("this transformer has no cross-attention: a prompt would be ignored, leave it out")
+        if prompt is not None and self.text_encoder is None:
+            raise ValueError(
+                "the pipeline has no text_encoder: give prompt_embeds, or load it with tokenizer and text_encoder"
+            )
+        if draft not in (None, *DRAFTS):
+            raise ValueError(f"draft must be None or one of {', '.join(DRAFTS)}, got {draft!r}")
+        factor = self.vae.config.temporal_compression
+        most = run["num_frames"] - factor
+        if most < 1:
+            raise ValueError(f"num_frames={run['num_frames']} leaves nothing to generate: use at least {1 + factor}")
+        if num_conditioning_frames is None:
+            most = min(most, DEFAULT_CONDITIONING_FRAMES)
+        overlap = self._overlap(overlap_latent_frames)
+        frames = read_conditioning(
+            image, video, num_conditioning_frames, most, factor, run["height"], run["width"], run["fps"]
+        )
+        given = (
+            len(prompt_embeds)
+            if prompt_embeds is not None
+            else 1
+            if prompt is None or isinstance(prompt, str)
+            else len(prompt)
+        )
+        items = max(given, len(frames))
+        frames = repeat_to_batch(frames, items, num_videos_per_prompt)
+        device, text = self._execution_device, None
+        if takes_text:
+            texts = (prompt, None, prompt_embeds, None)
+            text, _ = encode_prompts(self, *texts, items * num_videos_per_prompt, False, device)
+        # The tokenizer is causal: the codes of the given frames do not depend on what follows, so nothing is padded.
+        pixels = to_float(frames).to(device, self.vae.dtype)
+        codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
+        codes = self._continue(codes, self.vae.latent_frames(run["num_frames"]), overlap, run, generator, text, draft)
+        frames = decode_indices(self.vae, codes, output_type)
+        self.maybe_free_model_hooks()
+        return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
+
+    def _resolve(self, height, width, num_frames, fps, temperature, top_p, output_type) -> dict:
+        """The arguments of a call, over the pipeline's own settings; checked."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        given = dict(height=height, width=width, num_frames=num_frames, fps=fps, temperature=temperature, top_p=top_p)
+        run = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        check_size(self, run["height"], run["width"], run["num_frames"])
+        if run["temperature"] < 0 or not 0 <= run["top_p"] <= 1:
+            raise ValueError(
+                f"temperature must be >= 0 and top_p in [0, 1], got {run['temperature']} and {run['top_p']}"
+            )
+        return run
+
+    def _overlap(self, overlap: int | None) -> int:
+        window = self.transformer.config.latent_shape[0]
+        if overlap is None:
+            return max(1, window // 2)
+        if not 1 <= overlap < window:
+            raise ValueError(
+                f"overlap_latent_frames must be at least 1 and less than the window of {window}, got {overlap}"
+            )
+        return overlap
+
+    def _continue(self, codes, latent_frames: int, overlap: int, run: dict, generator, text, draft) -> torch.Tensor:
+        """Codes [B, t, H', W'] -> [B, latent_frames, H', W'], window by window; a window sees the last `overlap` frames,
+        the first one all that is given and fits."""
+        config = self.transformer.config
+        window, (height, width) = config.latent_shape[0], codes.shape[2:]
+        options = {} if text is None else {"encoder_hidden_states": text}
+        sampled = run["temperature"] > 0 and run["top_p"] > 0
+        if sampled:
+            options |= dict(temperature=float(run["temperature"]), top_p=float(run["top_p"]), generator=generator)
+        with self.progress_bar(total=(latent_frames - codes.shape[1]) * height * width) as bar:
+            while codes.shape[1] < latent_frames:
+                seen = codes[:, -overlap:] if codes.shape[1] >= window else codes
+                new = min(window - seen.shape[1], latent_frames - codes.shape[1])
+                prompt = seen.flatten(1)
+                if config.bov_token_id is not None:
+                    prompt = torch.cat([prompt.new_full((len(prompt), 1), config.bov_token_id), prompt], dim=1)
+                grid = (seen.shape[1] + new, height, width)
+                if draft is not None:
+                    tokens = speculative_generate(
+                        self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options
+                    ).sequences
+                else:
+                    tokens = self.transformer.generate(
+                        prompt, do_sample=sampled, latent_shape=grid, streamer=_Progress(bar), **options
+                    )
+                tokens = tokens[:, prompt.shape[1] :].view(-1, new, height, width)
+                codes = torch.cat([codes, tokens], dim=1)
+        return codes
+
+
+class _Progress(BaseStreamer):
+    """Counts generated codes; the first thing that a streamer is given is the prompt."""
+
+    def __init__(self, bar):
+        self._bar, self._started = bar, False
+
+    def put(self, value):
+        self._bar.update(int(self._started))
+        self._started = True
+
+    def end(self):
+        pass
