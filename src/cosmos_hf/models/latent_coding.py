@@ -71,7 +71,7 @@ class LatentCodingMixin:
             raise ValueError("this tokenizer is continuous (quantizer=None) and has no indices; use decode(latents)")
         if indices.ndim != 1 + len(self.latent_axes):
             raise ValueError(f"indices must be [B, {', '.join(self.latent_axes)}], got {tuple(indices.shape)}")
-        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1)
+        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1).contiguous()
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
