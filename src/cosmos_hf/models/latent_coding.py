@@ -111,7 +111,7 @@ class LatentCodingMixin:
             raise ValueError(
                 f"{name} must have the tokenizer's dtype {self.dtype}, got {tensor.dtype}: use .to(dtype)"
             )
-        if tensor.is_meta or torch.compiler.is_compiling():
+        if tensor.is_meta or torch.compiler.is_compiling() or not tensor.numel():
             return
         low, high = (value.item() for value in tensor.detach().aminmax())  # a NaN comes through
         if not (-torch.inf < low <= high < torch.inf):
