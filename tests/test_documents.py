@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 
 
@@ -16,6 +17,19 @@ def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     exec(compile(code, "README", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page in turn, in one namespace; each script that it calls exists and knows the arguments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    text, names = page.read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(code, page.name, "exec"), names)
+    for script, arguments in re.findall(r"python ((?:pipelines|training)/\w+\.py)(.*)", text):
+        source = (ROOT / script).read_text()
+        assert not [name for name in re.findall(r"--\w+", arguments) if f'"{name}"' not in source], script
 
 
 def test_scripts_and_files_that_the_readme_names_exist():
