@@ -27,16 +27,17 @@ def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README", "exec"), {})
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
-    """The blocks of a page share their variables, in order; the files that it names are there."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page in turn, in one namespace; each script that it calls exists and knows the arguments."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    text, variables = page.read_text(), {}
+    text, names = page.read_text(), {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
-        exec(compile(code, page.name, "exec"), variables)
-    named = re.findall(r"(?:training|pipelines|docs|model_cards|tests|src)/[\w./-]+\.(?:py|yaml|md|png)", text)
-    assert not [name for name in named if not (ROOT / name).exists()]
+        exec(compile(code, page.name, "exec"), names)
+    for script, arguments in re.findall(r"python ((?:pipelines|training)/\w+\.py)(.*)", text):
+        source = (ROOT / script).read_text()
+        assert not [name for name in re.findall(r"--\w+", arguments) if f'"{name}"' not in source], script
 
 
 def test_the_table_of_solvers_is_what_was_measured():

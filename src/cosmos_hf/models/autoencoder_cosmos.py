@@ -227,10 +227,14 @@ class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, M
         if frames == 0 or (frames - frames_in_first) % factor:
             below = (frames - frames_in_first) // factor * factor + frames_in_first
             legal = f"{below} or {below + factor}" if below > 0 else f"{below + factor}"
+            remedy = (
+                f"encode(..., pad_frames=True) repeats the last frame and decode(..., num_frames={frames}) crops"
+                if frames_in_first
+                else "the stream is as it was before this chunk"
+            )
             raise ValueError(
                 f"the number of frames must be {frames_in_first} + k * {factor}, got {frames}; the nearest legal is "
-                f"{legal}. encode(..., pad_frames=True) repeats the last frame and decode(..., num_frames={frames}) "
-                f"crops."
+                f"{legal}. {remedy}."
             )
 
     # ---- coding ------------------------------------------------------------------------------------------------

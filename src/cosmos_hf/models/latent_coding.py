@@ -71,7 +71,7 @@ class LatentCodingMixin:
             raise ValueError("this tokenizer is continuous (quantizer=None) and has no indices; use decode(latents)")
         if indices.ndim != 1 + len(self.latent_axes):
             raise ValueError(f"indices must be [B, {', '.join(self.latent_axes)}], got {tuple(indices.shape)}")
-        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1)
+        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1).contiguous()
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -107,11 +107,13 @@ class LatentCodingMixin:
 
     def _check_values(self, name: str, tensor: torch.Tensor, limit: float | None, advice: str):
         """Dtype, NaN, range. Values cannot be looked at where there are none: on the meta device and while compiling."""
-        if tensor.dtype != self.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        # In training the wrappers of sharded and mixed-precision models cast inputs and weights between here and the layers.
+        casts = self.training or torch.is_autocast_enabled(tensor.device.type)
+        if tensor.dtype != self.dtype and not casts:
             raise ValueError(
                 f"{name} must have the tokenizer's dtype {self.dtype}, got {tensor.dtype}: use .to(dtype)"
             )
-        if tensor.is_meta or torch.compiler.is_compiling():
+        if tensor.is_meta or torch.compiler.is_compiling() or not tensor.numel():
             return
         low, high = (value.item() for value in tensor.detach().aminmax())  # a NaN comes through
         if not (-torch.inf < low <= high < torch.inf):
