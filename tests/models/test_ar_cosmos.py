@@ -160,7 +160,7 @@ def test_presets_have_the_published_sizes():
         ("5b-video2world", 4.585),
         ("12b", 11.561),
         ("13b-video2world", 13.323),
-        ("nano", 0.0064),
+        ("nano", 0.0081),
     ):
         with torch.device("meta"):
             model = CosmosARForCausalLM(CosmosARConfig(**PRESETS[name]))
@@ -192,8 +192,26 @@ def test_generation_in_all_its_ways_gives_the_same(with_text):
     for more in ways:
         out = with_text.generate(prompt(), **text, **more)
         assert torch.equal(getattr(out, "sequences", out), expected), more
+    one = dict(encoder_hidden_states=context(1))
+    assisted = with_text.generate(prompt(1) % 20, prompt_lookup_num_tokens=4, **one)
+    assert torch.equal(assisted, with_text.generate(prompt(1) % 20, **one))
     beams = with_text.generate(prompt(), num_beams=2, max_new_tokens=6, **text)
     assert beams.shape == (2, 14)
+
+
+def test_a_decoding_step_compiles_in_one_graph(with_text):
+    """What transformers compiles on accelerators; here its tracing alone."""
+    cache = StaticCache(with_text.config, max_cache_len=49)
+    out = with_text(prompt(), encoder_hidden_states=context(), past_key_values=cache, use_cache=True)
+    cache, codes = out.past_key_values, [out.logits[:, -1].argmax(-1)]
+    step = torch.compile(with_text.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for place in (8, 9):
+            position = torch.tensor([[place]])
+            out = step(codes[-1][:, None], position_ids=position, past_key_values=cache, use_cache=True)
+            codes.append(out.logits[:, -1].argmax(-1))
+    expected = with_text.generate(prompt(), encoder_hidden_states=context(), max_new_tokens=3)
+    assert torch.equal(torch.stack(codes, 1), expected[:, 8:])
 
 
 def test_prompts_of_different_length_in_one_batch(plain):
@@ -337,7 +355,7 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
         )
-    refused("position_ids go up to 48", plain, tokens, position_ids=torch.arange(41, 49)[None])
+    refused("position_ids go up to 49", plain, tokens, position_ids=torch.arange(42, 50)[None])
     refused("exactly one of input_ids and inputs_embeds", plain)
     refused("the video asked for has 49 tokens", plain.generate, tokens, max_new_tokens=41)
     refused("a whole video already", plain.generate, prompt(length=48))

@@ -100,7 +100,7 @@ def check_call(
     check_mask(attention_mask, batch, past + length)
     if position_ids is None:
         check_length(config, latent_shape, length, past)
-    elif length > 1 and not position_ids.is_meta and position_ids.max() >= config.num_positions(latent_shape):
+    elif length > 1 and not position_ids.is_meta and position_ids.max() > config.num_positions(latent_shape):
         raise ValueError(
             f"position_ids go up to {int(position_ids.max())}, the latent grid {list(latent_shape)} has "
             f"{config.num_positions(latent_shape)} positions"

@@ -35,17 +35,17 @@ _YARN = dict(yarn_scale=2.0, yarn_original_shape=(3, 40, 64))
 _TEXT = dict(cross_attention_dim=1024, absolute_positions="every_layer", bov_token_id=64000, embedding_size=64064)
 _LARGE = dict(hidden_size=5120, num_hidden_layers=40)
 _NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
-# Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models' codebook is small (FSQ levels
-# 8, 5, 5, 5), for at this width an output of 64 000 rows would be most of the model.
+# Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models go with the tokenizer
+# "nano-discrete" (4375 codes, 4x8x8; 17 frames of 96x128), the tiny one with "tiny-discrete".
 PRESETS = {
     "4b": dict(),
     "5b-video2world": dict(**_TEXT),
     "12b": dict(**_LARGE, **_YARN),
     "13b-video2world": dict(**_LARGE, **_YARN, **_TEXT),
-    "nano": dict(**_NANO, vocab_size=1000, latent_shape=(5, 12, 16), head_dim=32),
+    "nano": dict(**_NANO, vocab_size=4375, latent_shape=(5, 12, 16), head_dim=32),
     "nano-video2world": dict(
-        **_NANO, vocab_size=1000, embedding_size=1064, latent_shape=(5, 12, 16), head_dim=32,
-        cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=1000,
+        **_NANO, vocab_size=4375, embedding_size=4439, latent_shape=(5, 12, 16), head_dim=32,
+        cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=4375,
     ),
     "tiny": dict(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
@@ -293,6 +293,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer must divide it by the accumulated steps
 
     def __init__(self, config: CosmosARConfig):
         super().__init__(config)

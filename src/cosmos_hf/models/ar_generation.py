@@ -91,6 +91,14 @@ class CosmosARGenerationMixin(GenerationMixin):
         check_length(self.config, shape, shortest + total - length, 0, "the video asked for")
         check_cache(cache, total - 1)
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """transformers' own; guesses of assisted generation may stand behind the video's end, where nothing is kept of them."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("position_ids") is not None:
+            end = self.config.num_positions(kwargs.get("latent_shape"))
+            inputs["position_ids"] = inputs["position_ids"].clamp_max(end)
+        return inputs
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         from .ar_cosmos import with_context_cache
 
@@ -121,7 +129,7 @@ class CosmosARGenerationMixin(GenerationMixin):
             and not (synced_gpus or generation_config.return_dict_in_generate)
             and generation_config.prefill_chunk_size is None
             and all(isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
-            and not self._valid_auto_compile_criteria(model_kwargs, generation_config)
+            and (generator is not None or not self._valid_auto_compile_criteria(model_kwargs, generation_config))
         )
         if not plain:
             if generator is not None:
