@@ -334,8 +334,8 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
     high = tokens.clone()
     high[0, 0] = 164
     for call in (plain, plain.generate):
-        refused(r"must lie in the codebook, 0..99 \(special tokens up to 163\), got \d+..164", call, high)
-        refused("-1..", call, tokens - 1 - tokens.min())
+        refused(r"must lie in the codebook, 0..99, got \[164\]: was the video coded", call, high)
+        refused(r"got \[-1\]", call, tokens - 1 - tokens.min())
         refused(r"input_ids has 49 tokens, the latent grid \[3, 4, 4\] holds 48", call, prompt(length=49))
         refused(r"latent grid \[1, 2, 2\] holds 4", call, tokens, latent_shape=(1, 2, 2))
         refused("three positive sizes", call, tokens, latent_shape=(1, 2))
@@ -344,6 +344,7 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
         refused(r"past_key_values holds 6 tokens, \d+ are needed", call, tokens, past_key_values=small)
         refused(r"attention_mask must be \[2, 8\]", call, tokens, attention_mask=torch.ones(2, 7))
     for call in (with_text, with_text.generate):
+        refused(r"0..99 or <bov> \(100\), got \[101\]", call, high.clamp_max(101), encoder_hidden_states=text)
         refused("encoder_hidden_states is missing", call, tokens)
         refused(r"must be \[B, L, 16\], got \(2, 5, 15\)", call, tokens, encoder_hidden_states=text[..., :15])
         refused("has 1 items, input_ids 2", call, tokens, encoder_hidden_states=text[:1])
@@ -388,4 +389,5 @@ def test_configs_are_checked():
     refused("three positive sizes", CosmosARConfig, latent_shape=(5, 0, 3))
     refused("yarn_original_shape must be three", CosmosARConfig, yarn_scale=2.0)
     refused("bov_token_id=5 must be a row", CosmosARConfig, bov_token_id=5)
+    refused("pad_token_id=64002 must be a row", CosmosARConfig, pad_token_id=64002)
     refused("codebook_size <= vocab_size", CosmosARConfig, vocab_size=10, codebook_size=11)

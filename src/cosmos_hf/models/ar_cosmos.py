@@ -131,11 +131,13 @@ class CosmosARConfig(PreTrainedConfig):
                 f"codebook_size <= vocab_size <= embedding_size is needed, "
                 f"got {self.codebook_size}, {self.vocab_size}, {self.embedding_size}"
             )
-        if self.bov_token_id is not None and not self.codebook_size <= self.bov_token_id < self.embedding_size:
-            raise ValueError(
-                f"bov_token_id={self.bov_token_id} must be a row of the embedding that is no code: "
-                f"in {self.codebook_size}..{self.embedding_size - 1}"
-            )
+        for name in ("bov_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not self.codebook_size <= token < self.embedding_size:
+                raise ValueError(
+                    f"{name}={token} must be a row of the embedding that is no code: "
+                    f"in {self.codebook_size}..{self.embedding_size - 1}"
+                )
         if self.yarn_scale is not None:
             self.yarn_original_shape = list(check_latent_shape(self.yarn_original_shape, "yarn_original_shape"))
         super().__post_init__(**kwargs)
