@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -26,6 +26,7 @@ from .ar_layers import (
     GridPositions,
     projection,
     self_attention_cache,
+    with_context_cache,
 )
 from .ar_loss import chunked_loss
 from .medusa_cosmos import MedusaHead
@@ -273,13 +274,6 @@ class CosmosARModel(CosmosARPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-
-def with_context_cache(cache: Cache | None, config: CosmosARConfig) -> Cache | None:
-    """A cache that also keeps the context's keys and values, where the model has such."""
-    if cache is None or config.cross_attention_dim is None or isinstance(cache, EncoderDecoderCache):
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=config))
 
 
 def default_positions(attention_mask, past: int | torch.Tensor, length: int, device) -> torch.Tensor:

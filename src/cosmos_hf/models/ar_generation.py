@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from .ar_checks import check_cache, check_context, check_latent_shape, check_length, check_mask, check_tokens
+from .ar_layers import with_context_cache
 
 # Top-p first looks at so many of the most probable codes: a whole sort of 64 000 takes as long as the network of a small model.
 SHORTLIST = 1024
@@ -100,8 +100,6 @@ class CosmosARGenerationMixin(GenerationMixin):
         return inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        from .ar_cosmos import with_context_cache
-
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -160,10 +158,7 @@ class CosmosARGenerationMixin(GenerationMixin):
             tokens[:, place] = chunk[:, 0]
             if streamer is not None:
                 streamer.put(chunk[:, 0].cpu())
-            if isinstance(inputs["past_key_values"], EncoderDecoderCache) and not model_kwargs.get(
-                "output_attentions"
-            ):
-                inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+            inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
         if streamer is not None:
             streamer.end()
         return tokens

@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -145,6 +145,13 @@ def eager_attention_forward(
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def with_context_cache(cache: Cache | None, config) -> Cache | None:
+    """A cache that also keeps the context's keys and values, where the model has such."""
+    if cache is None or config.cross_attention_dim is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=config))
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:
