@@ -192,6 +192,10 @@ def test_generation_in_all_its_ways_gives_the_same(with_text):
     for more in ways:
         out = with_text.generate(prompt(), **text, **more)
         assert torch.equal(getattr(out, "sequences", out), expected), more
+    with_text.set_attn_implementation("eager")
+    for cache in ("dynamic", "static"):
+        assert torch.equal(with_text.generate(prompt(), cache_implementation=cache, **text), expected), cache
+    with_text.set_attn_implementation("sdpa")
     one = dict(encoder_hidden_states=context(1))
     assisted = with_text.generate(prompt(1) % 20, prompt_lookup_num_tokens=4, **one)
     assert torch.equal(assisted, with_text.generate(prompt(1) % 20, **one))

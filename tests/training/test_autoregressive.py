@@ -230,6 +230,13 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path):
     logs = [json.loads(line) for line in (heads / "log.jsonl").read_text().splitlines()]
     assert {"cross_entropy", "head0_cross_entropy", "head1_cross_entropy"} <= logs[0].keys()
 
+    figures = tmp_path / "speculation.json"
+    flags = ["--models", str(heads / "export"), "--data", str(clips), "--num_clips", "2", "--copies", "4"]
+    runpy.run_path(str(SCRIPTS.parent / "benchmarks" / "speculation.py"))["main"]([*flags, "--output", str(figures)])
+    rows = json.loads(figures.read_text())[str(heads / "export")]
+    assert rows.keys() == {"plain", "4 copies", "2 heads, chain", "2 heads, tree"}
+    assert {row["as_plain"] for row in rows.values()} == {1.0} and rows["plain"]["forward_passes"] == 32
+
 
 # ---- stages ------------------------------------------------------------------------------------------------------------
 

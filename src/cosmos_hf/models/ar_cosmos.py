@@ -223,9 +223,8 @@ class CosmosARModel(CosmosARPreTrainedModel):
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         device = (inputs_embeds if input_ids is None else input_ids).device
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        static = isinstance(past, torch.Tensor)
-        if static and device.type == "cpu" and not torch.compiler.is_compiling():
-            past = int(past)  # costs a synchronisation on other devices
+        if isinstance(past, torch.Tensor) and device.type == "cpu" and not torch.compiler.is_compiling():
+            past = int(past)  # a static cache's; costs a synchronisation on other devices
         check_call(
             config, shape, input_ids, batch, length, past, past_key_values, attention_mask, position_ids,
             encoder_hidden_states, encoder_attention_mask,
@@ -240,6 +239,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
         # One new token sees all of the past, and a first chunk is causal by itself (flex attention apart): no mask is needed.
         causal = past == 0 and config._attn_implementation != "flex_attention" if isinstance(past, int) else False
         plain = attention_mask is None and not packed and isinstance(past, int) and (length == 1 or causal)
+        static = past_key_values is not None and self_attention_cache(past_key_values).is_compileable
         mask, key_length = None, past + length if static and plain else None
         if not plain:
             mask = create_causal_mask(
