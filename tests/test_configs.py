@@ -18,7 +18,7 @@ PARAMETERS = {  # millions, of the network that the run trains
     "nano_video2world": 6.9,
     "nano_tokenizer": 3.0,
     "nano_discrete_tokenizer": 3.0,
-    "nano_autoregressive": 6.4,
+    "nano_autoregressive": 8.1,
     "cosmos_4b_autoregressive": 4014,
 }
 

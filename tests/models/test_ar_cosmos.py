@@ -160,7 +160,7 @@ def test_presets_have_the_published_sizes():
         ("5b-video2world", 4.585),
         ("12b", 11.561),
         ("13b-video2world", 13.323),
-        ("nano", 0.0064),
+        ("nano", 0.0081),
     ):
         with torch.device("meta"):
             model = CosmosARForCausalLM(CosmosARConfig(**PRESETS[name]))
@@ -192,8 +192,30 @@ def test_generation_in_all_its_ways_gives_the_same(with_text):
     for more in ways:
         out = with_text.generate(prompt(), **text, **more)
         assert torch.equal(getattr(out, "sequences", out), expected), more
+    with_text.set_attn_implementation("eager")
+    for cache in ("dynamic", "static"):
+        assert torch.equal(with_text.generate(prompt(), cache_implementation=cache, **text), expected), cache
+    with_text.set_attn_implementation("sdpa")
+    one = dict(encoder_hidden_states=context(1))
+    assisted = with_text.generate(prompt(1) % 20, prompt_lookup_num_tokens=4, **one)
+    assert torch.equal(assisted, with_text.generate(prompt(1) % 20, **one))
     beams = with_text.generate(prompt(), num_beams=2, max_new_tokens=6, **text)
     assert beams.shape == (2, 14)
+
+
+def test_a_decoding_step_compiles_in_one_graph(with_text):
+    """What transformers compiles on accelerators; here its tracing alone."""
+    cache = StaticCache(with_text.config, max_cache_len=49)
+    out = with_text(prompt(), encoder_hidden_states=context(), past_key_values=cache, use_cache=True)
+    cache, codes = out.past_key_values, [out.logits[:, -1].argmax(-1)]
+    step = torch.compile(with_text.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for place in (8, 9):
+            position = torch.tensor([[place]])
+            out = step(codes[-1][:, None], position_ids=position, past_key_values=cache, use_cache=True)
+            codes.append(out.logits[:, -1].argmax(-1))
+    expected = with_text.generate(prompt(), encoder_hidden_states=context(), max_new_tokens=3)
+    assert torch.equal(torch.stack(codes, 1), expected[:, 8:])
 
 
 def test_prompts_of_different_length_in_one_batch(plain):
@@ -316,8 +338,8 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
     high = tokens.clone()
     high[0, 0] = 164
     for call in (plain, plain.generate):
-        refused(r"must lie in the codebook, 0..99 \(special tokens up to 163\), got \d+..164", call, high)
-        refused("-1..", call, tokens - 1 - tokens.min())
+        refused(r"must lie in the codebook, 0..99, got \[164\]: was the video coded", call, high)
+        refused(r"got \[-1\]", call, tokens - 1 - tokens.min())
         refused(r"input_ids has 49 tokens, the latent grid \[3, 4, 4\] holds 48", call, prompt(length=49))
         refused(r"latent grid \[1, 2, 2\] holds 4", call, tokens, latent_shape=(1, 2, 2))
         refused("three positive sizes", call, tokens, latent_shape=(1, 2))
@@ -326,6 +348,7 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
         refused(r"past_key_values holds 6 tokens, \d+ are needed", call, tokens, past_key_values=small)
         refused(r"attention_mask must be \[2, 8\]", call, tokens, attention_mask=torch.ones(2, 7))
     for call in (with_text, with_text.generate):
+        refused(r"0..99 or <bov> \(100\), got \[101\]", call, high.clamp_max(101), encoder_hidden_states=text)
         refused("encoder_hidden_states is missing", call, tokens)
         refused(r"must be \[B, L, 16\], got \(2, 5, 15\)", call, tokens, encoder_hidden_states=text[..., :15])
         refused("has 1 items, input_ids 2", call, tokens, encoder_hidden_states=text[:1])
@@ -337,7 +360,7 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
         )
-    refused("position_ids go up to 48", plain, tokens, position_ids=torch.arange(41, 49)[None])
+    refused("position_ids go up to 49", plain, tokens, position_ids=torch.arange(42, 50)[None])
     refused("exactly one of input_ids and inputs_embeds", plain)
     refused("the video asked for has 49 tokens", plain.generate, tokens, max_new_tokens=41)
     refused("a whole video already", plain.generate, prompt(length=48))
@@ -370,4 +393,5 @@ def test_configs_are_checked():
     refused("three positive sizes", CosmosARConfig, latent_shape=(5, 0, 3))
     refused("yarn_original_shape must be three", CosmosARConfig, yarn_scale=2.0)
     refused("bov_token_id=5 must be a row", CosmosARConfig, bov_token_id=5)
+    refused("pad_token_id=64002 must be a row", CosmosARConfig, pad_token_id=64002)
     refused("codebook_size <= vocab_size", CosmosARConfig, vocab_size=10, codebook_size=11)

@@ -17,7 +17,6 @@ from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
 
-LEVELS = dict(quantizer="fsq", fsq_levels=(8, 5, 5, 5), latent_channels=4)
 SMALL = PRESETS["tiny"] | dict(vocab_size=1000, embedding_size=1064)
 TEXT = dict(cross_attention_dim=32, absolute_positions="every_layer", bov_token_id=1000)
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "ar_video2world.py"
@@ -34,7 +33,7 @@ def build(text: bool) -> CosmosAutoregressivePipeline:
         if "proj" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     pipe = CosmosAutoregressivePipeline(
-        vae=CosmosVideoTokenizer(**TOKENIZERS["tiny"], **LEVELS).eval(), transformer=transformer, **parts,
+        vae=CosmosVideoTokenizer(**TOKENIZERS["tiny-discrete"]).eval(), transformer=transformer, **parts,
         height=32, width=32, num_frames=9, fps=5, max_sequence_length=16,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -177,7 +176,7 @@ def test_parts_that_do_not_fit_are_refused(plain):
     continuous = CosmosVideoTokenizer(**TOKENIZERS["tiny"])
     with pytest.raises(ValueError, match="continuous tokenizer"):
         CosmosAutoregressivePipeline(vae=continuous, transformer=plain.transformer)
-    other = CosmosVideoTokenizer(**TOKENIZERS["tiny"] | LEVELS | dict(fsq_levels=(8, 8, 5, 5)))
+    other = CosmosVideoTokenizer(**TOKENIZERS["tiny-discrete"] | dict(fsq_levels=(8, 8, 5, 5)))
     with pytest.raises(ValueError, match="1600 codes, the transformer 1000"):
         CosmosAutoregressivePipeline(vae=other, transformer=plain.transformer)
     text = CosmosARForCausalLM(CosmosARConfig(**SMALL | TEXT))

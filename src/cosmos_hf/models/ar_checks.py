@@ -12,18 +12,21 @@ def check_latent_shape(shape, name: str = "latent_shape") -> tuple[int, int, int
 
 
 def check_tokens(config, input_ids: torch.Tensor, name: str = "input_ids"):
-    """Every token must be a code, or one of the special rows behind them."""
+    """Every token must be a code, or `<bov>` or padding where the config has such."""
     if input_ids.is_floating_point() or input_ids.ndim != 2:
         raise ValueError(f"{name} must be integers [B, S], got {input_ids.dtype} {tuple(input_ids.shape)}")
     if input_ids.is_meta or not input_ids.numel():
         return
-    low, high = (int(value) for value in input_ids.aminmax())
-    if low < 0 or high >= config.embedding_size:
-        special = config.embedding_size - config.codebook_size
+    special = {"<bov>": config.bov_token_id, "padding": config.pad_token_id}
+    special = {kind: token for kind, token in special.items() if token is not None}
+    foreign = (input_ids < 0) | (input_ids >= config.codebook_size)
+    for token in special.values():
+        foreign &= input_ids != token
+    if foreign.any():
+        also = "".join(f" or {kind} ({token})" for kind, token in special.items())
         raise ValueError(
-            f"{name} must lie in the codebook, 0..{config.codebook_size - 1}"
-            f"{f' (special tokens up to {config.embedding_size - 1})' if special else ''}, got {low}..{high}: "
-            f"was the video coded by another tokenizer?"
+            f"{name} must lie in the codebook, 0..{config.codebook_size - 1}{also}, got "
+            f"{input_ids[foreign].unique()[:5].tolist()}: was the video coded by another tokenizer?"
         )
 
 
@@ -100,7 +103,7 @@ def check_call(
     check_mask(attention_mask, batch, past + length)
     if position_ids is None:
         check_length(config, latent_shape, length, past)
-    elif length > 1 and not position_ids.is_meta and position_ids.max() >= config.num_positions(latent_shape):
+    elif length > 1 and not position_ids.is_meta and position_ids.max() > config.num_positions(latent_shape):
         raise ValueError(
             f"position_ids go up to {int(position_ids.max())}, the latent grid {list(latent_shape)} has "
             f"{config.num_positions(latent_shape)} positions"

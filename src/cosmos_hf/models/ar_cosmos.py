@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -26,6 +26,7 @@ from .ar_layers import (
     GridPositions,
     projection,
     self_attention_cache,
+    with_context_cache,
 )
 from .ar_loss import chunked_loss
 from .medusa_cosmos import MedusaHead
@@ -35,17 +36,17 @@ _YARN = dict(yarn_scale=2.0, yarn_original_shape=(3, 40, 64))
 _TEXT = dict(cross_attention_dim=1024, absolute_positions="every_layer", bov_token_id=64000, embedding_size=64064)
 _LARGE = dict(hidden_size=5120, num_hidden_layers=40)
 _NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
-# Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models' codebook is small (FSQ levels
-# 8, 5, 5, 5), for at this width an output of 64 000 rows would be most of the model.
+# Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models go with the tokenizer
+# "nano-discrete" (4375 codes, 4x8x8; 17 frames of 96x128), the tiny one with "tiny-discrete".
 PRESETS = {
     "4b": dict(),
     "5b-video2world": dict(**_TEXT),
     "12b": dict(**_LARGE, **_YARN),
     "13b-video2world": dict(**_LARGE, **_YARN, **_TEXT),
-    "nano": dict(**_NANO, vocab_size=1000, latent_shape=(5, 12, 16), head_dim=32),
+    "nano": dict(**_NANO, vocab_size=4375, latent_shape=(5, 12, 16), head_dim=32),
     "nano-video2world": dict(
-        **_NANO, vocab_size=1000, embedding_size=1064, latent_shape=(5, 12, 16), head_dim=32,
-        cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=1000,
+        **_NANO, vocab_size=4375, embedding_size=4439, latent_shape=(5, 12, 16), head_dim=32,
+        cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=4375,
     ),
     "tiny": dict(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
@@ -131,11 +132,13 @@ class CosmosARConfig(PreTrainedConfig):
                 f"codebook_size <= vocab_size <= embedding_size is needed, "
                 f"got {self.codebook_size}, {self.vocab_size}, {self.embedding_size}"
             )
-        if self.bov_token_id is not None and not self.codebook_size <= self.bov_token_id < self.embedding_size:
-            raise ValueError(
-                f"bov_token_id={self.bov_token_id} must be a row of the embedding that is no code: "
-                f"in {self.codebook_size}..{self.embedding_size - 1}"
-            )
+        for name in ("bov_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not self.codebook_size <= token < self.embedding_size:
+                raise ValueError(
+                    f"{name}={token} must be a row of the embedding that is no code: "
+                    f"in {self.codebook_size}..{self.embedding_size - 1}"
+                )
         if self.yarn_scale is not None:
             self.yarn_original_shape = list(check_latent_shape(self.yarn_original_shape, "yarn_original_shape"))
         super().__post_init__(**kwargs)
@@ -220,9 +223,8 @@ class CosmosARModel(CosmosARPreTrainedModel):
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         device = (inputs_embeds if input_ids is None else input_ids).device
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        static = isinstance(past, torch.Tensor)
-        if static and device.type == "cpu" and not torch.compiler.is_compiling():
-            past = int(past)  # costs a synchronisation on other devices
+        if isinstance(past, torch.Tensor) and device.type == "cpu" and not torch.compiler.is_compiling():
+            past = int(past)  # a static cache's; costs a synchronisation on other devices
         check_call(
             config, shape, input_ids, batch, length, past, past_key_values, attention_mask, position_ids,
             encoder_hidden_states, encoder_attention_mask,
@@ -237,6 +239,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
         # One new token sees all of the past, and a first chunk is causal by itself (flex attention apart): no mask is needed.
         causal = past == 0 and config._attn_implementation != "flex_attention" if isinstance(past, int) else False
         plain = attention_mask is None and not packed and isinstance(past, int) and (length == 1 or causal)
+        static = past_key_values is not None and self_attention_cache(past_key_values).is_compileable
         mask, key_length = None, past + length if static and plain else None
         if not plain:
             mask = create_causal_mask(
@@ -273,13 +276,6 @@ class CosmosARModel(CosmosARPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def with_context_cache(cache: Cache | None, config: CosmosARConfig) -> Cache | None:
-    """A cache that also keeps the context's keys and values, where the model has such."""
-    if cache is None or config.cross_attention_dim is None or isinstance(cache, EncoderDecoderCache):
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=config))
-
-
 def default_positions(attention_mask, past: int | torch.Tensor, length: int, device) -> torch.Tensor:
     """Position ids [B or 1, S]; padding on the left does not count."""
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -293,6 +289,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer must divide it by the accumulated steps
 
     def __init__(self, config: CosmosARConfig):
         super().__init__(config)

@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from .ar_checks import check_cache, check_context, check_latent_shape, check_length, check_mask, check_tokens
+from .ar_layers import with_context_cache
 
 # Top-p first looks at so many of the most probable codes: a whole sort of 64 000 takes as long as the network of a small model.
 SHORTLIST = 1024
@@ -91,9 +91,15 @@ class CosmosARGenerationMixin(GenerationMixin):
         check_length(self.config, shape, shortest + total - length, 0, "the video asked for")
         check_cache(cache, total - 1)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        from .ar_cosmos import with_context_cache
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """transformers' own; guesses of assisted generation may stand behind the video's end, where nothing is kept of them."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("position_ids") is not None:
+            end = self.config.num_positions(kwargs.get("latent_shape"))
+            inputs["position_ids"] = inputs["position_ids"].clamp_max(end)
+        return inputs
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -121,7 +127,7 @@ class CosmosARGenerationMixin(GenerationMixin):
             and not (synced_gpus or generation_config.return_dict_in_generate)
             and generation_config.prefill_chunk_size is None
             and all(isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
-            and not self._valid_auto_compile_criteria(model_kwargs, generation_config)
+            and (generator is not None or not self._valid_auto_compile_criteria(model_kwargs, generation_config))
         )
         if not plain:
             if generator is not None:
@@ -152,10 +158,7 @@ class CosmosARGenerationMixin(GenerationMixin):
             tokens[:, place] = chunk[:, 0]
             if streamer is not None:
                 streamer.put(chunk[:, 0].cpu())
-            if isinstance(inputs["past_key_values"], EncoderDecoderCache) and not model_kwargs.get(
-                "output_attentions"
-            ):
-                inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+            inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
         if streamer is not None:
             streamer.end()
         return tokens

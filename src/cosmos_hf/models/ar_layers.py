@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -71,18 +71,19 @@ class GridPositions(nn.Module):
 
 
 def rotation_table(config, latent_shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [positions, head_dim] in float32; `<bov>` is not rotated."""
+    """cos and sin [positions + 1, head_dim] in float32; `<bov>` is not rotated, nor is the place behind the video.
+
+    transformers' assisted generation looks at that place when it checks guesses at the very end.
+    """
     angles = [c[:, None] * f for c, f in zip(_grid(latent_shape), axis_frequencies(config), strict=True)]
-    angles = torch.cat(angles, dim=1).repeat(1, 2)
-    if config.bov_token_id is not None:
-        angles = torch.cat([angles.new_zeros(1, angles.shape[1]), angles])
+    angles = _framed(config, torch.cat(angles, dim=1).repeat(1, 2))
     # The reference computes YaRN's attention temperature and does not apply it.
     scale = 0.1 * math.log(config.yarn_scale) + 1 if config.yarn_scale and config.yarn_attention_temperature else 1.0
     return angles.cos() * scale, angles.sin() * scale
 
 
 def absolute_table(config, latent_shape) -> torch.Tensor | None:
-    """Sine embedding [positions, D], rounded to bfloat16 as the models were trained with; zero for `<bov>`."""
+    """Sine embedding [positions + 1, D], rounded to bfloat16 as the models were trained with; zero for `<bov>`."""
     if config.absolute_positions is None:
         return None
     spatial = 2 * (config.hidden_size // 6)
@@ -92,10 +93,12 @@ def absolute_table(config, latent_shape) -> torch.Tensor | None:
         omega = 10000 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
         angle = coordinate[:, None] * omega
         parts += [angle.sin(), angle.cos()]
-    table = torch.cat(parts, dim=1)
-    if config.bov_token_id is not None:
-        table = torch.cat([table.new_zeros(1, table.shape[1]), table])
-    return table.bfloat16()
+    return _framed(config, torch.cat(parts, dim=1)).bfloat16()
+
+
+def _framed(config, table: torch.Tensor) -> torch.Tensor:
+    """A row of zeros in front, where the model has `<bov>`, and one behind."""
+    return nn.functional.pad(table, (0, 0, int(config.bov_token_id is not None), 1))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -142,6 +145,13 @@ def eager_attention_forward(
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def with_context_cache(cache: Cache | None, config) -> Cache | None:
+    """A cache that also keeps the context's keys and values, where the model has such."""
+    if cache is None or config.cross_attention_dim is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=config))
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:

@@ -60,6 +60,9 @@ PRESETS = {
     ),
     "tiny": dict(temporal_compression=4, channels=8, channels_mult=(1, 2, 2), num_res_blocks=1),
 }
+# Codebooks of the sizes that the FSQ paper recommends for 2^12 and 2^10 codes: an output of 64 000 would be most of a nano model.
+PRESETS["nano-discrete"] = PRESETS["nano"] | dict(quantizer="fsq", fsq_levels=(7, 5, 5, 5, 5), latent_channels=5)
+PRESETS["tiny-discrete"] = PRESETS["tiny"] | dict(quantizer="fsq", fsq_levels=(8, 5, 5, 5), latent_channels=4)
 
 
 class VideoEncoder(Coder):

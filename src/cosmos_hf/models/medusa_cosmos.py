@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 
 from .ar_generation import nucleus
+from .ar_layers import self_attention_cache, with_context_cache
 
 ACCEPTANCES = ("exact", "typical")
 DRAFTS = ("heads", "previous_frame")
@@ -209,9 +210,7 @@ class _Decoder:
     def __init__(self, model, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
         self.model, self.tree, self.draft, self.rule = model, tree, draft, rule
         self.generator, self.inputs, self.passes = generator, inputs, 0
-        self.cache = DynamicCache(config=model.config)
-        if model.config.cross_attention_dim is not None:
-            self.cache = EncoderDecoderCache(self.cache, DynamicCache(config=model.config))
+        self.cache = with_context_cache(DynamicCache(config=model.config), model.config)
         self.seen = tree.ancestors().to(model.device)
         self.depths = torch.tensor(tree.depths, device=model.device)
         self.children = [
@@ -242,8 +241,7 @@ class _Decoder:
     def _forward(self, tokens: torch.Tensor, **more) -> torch.Tensor:
         self.passes += 1
         out = self.model.model(tokens, past_key_values=self.cache, use_cache=True, **self.inputs, **more)
-        if self.model.config.cross_attention_dim is not None and "encoder_attention_mask" not in self.inputs:
-            self.inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+        self.inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
         return out.last_hidden_state
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:
@@ -293,7 +291,7 @@ class _Decoder:
         """Leave in the cache what was accepted."""
         if path == list(range(nodes)):
             return
-        cache: Cache = self.cache.self_attention_cache if isinstance(self.cache, EncoderDecoderCache) else self.cache
+        cache = self_attention_cache(self.cache)
         index = torch.tensor([past + node for node in path])
         in_place = path == list(range(len(path)))
         for layer in cache.layers:

@@ -195,8 +195,15 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
                         self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options
                     ).sequences
                 else:
+                    # A growing cache is copied for every code; on accelerators a fixed one would be compiled for every grid.
+                    cache = "static" if prompt.device.type == "cpu" else None
                     tokens = self.transformer.generate(
-                        prompt, do_sample=sampled, latent_shape=grid, streamer=_Progress(bar), **options
+                        prompt,
+                        do_sample=sampled,
+                        cache_implementation=cache,
+                        latent_shape=grid,
+                        streamer=_Progress(bar),
+                        **options,
                     )
                 tokens = tokens[:, prompt.shape[1] :].view(-1, new, height, width)
                 codes = torch.cat([codes, tokens], dim=1)

@@ -36,6 +36,9 @@ class AutoregressiveConfig(RunConfig):
     width: int = 0
     fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
     condition_frames: int = field(default=1, metadata={"help": "latent frames given: their codes are no targets"})
+    bov_hides_target: bool = field(
+        default=True, metadata={"help": "off: with <bov> the last given code is a target, as in the reference"}
+    )
     z_loss_weight: float = 1e-4
     add_cross_attention: bool = field(default=False, metadata={"help": "text stage: add cross-attention to init_from"})
     freeze_base: bool = field(default=False, metadata={"help": "text stage: train only what reads text, and the ends"})
@@ -238,7 +241,10 @@ class TokenBatches:
         if self.model_config.bov_token_id is not None:
             tokens = torch.cat([tokens.new_full((len(tokens), 1), self.model_config.bov_token_id), tokens], dim=1)
         labels = tokens.clone()
-        labels[:, : ignored_tokens(self.model_config, shape, self.config.condition_frames)] = IGNORED
+        given = ignored_tokens(
+            self.model_config, shape, self.config.condition_frames, as_reference=not self.config.bov_hides_target
+        )
+        labels[:, :given] = IGNORED
         batch = {"tokens": tokens, "labels": labels, "latent_shape": shape}
         if self.texts is not None:
             batch["text"] = self.texts.encode([sample["caption"] for sample in samples])
