@@ -14,6 +14,7 @@ _HOMES = {
     "CosmosVideo2WorldPipeline": "pipelines.video2world",
     "CosmosVideoTokenizer": "models.autoencoder_cosmos",
     "CosmosWorldTransformer3D": "models.transformer_cosmos",
+    "estimate_memory": "pipelines.memory",
     "nano_path": "nano",
     "preflight": "pipelines.preflight",
 }
