@@ -66,6 +66,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The peak of each stage of one guided generation of one video, with fused attention.
 
+    Counted are the tensors that the parts make, not the buffers that a kernel takes for itself nor what an allocator keeps aside.
+
     Args:
         model: the name of a transformer's preset ("7b-video2world", with T5-11B and the 8x8x8 tokenizer), or a pipeline's
             folder or Hub id, of which only configs are read.
@@ -183,8 +185,10 @@ def peak_of(call) -> int:
 
 
 def _cast(part: torch.nn.Module, dtype: torch.dtype):
-    """As `from_pretrained` does: what a class keeps in float32 stays so."""
+    """As `from_pretrained` does: what a class keeps in float32 stays so, in transformers beside float16 only."""
     kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+    if isinstance(part, T5EncoderModel) and dtype != torch.float16:
+        kept = ()
     for name, parameter in part.named_parameters():
         if not any(word in name.split(".") for word in kept):
             parameter.data = parameter.data.to(dtype)
