@@ -18,6 +18,7 @@ _HOMES = {
     "CosmosVideo2WorldPipeline": "pipelines.video2world",
     "CosmosVideoTokenizer": "models.autoencoder_cosmos",
     "CosmosWorldTransformer3D": "models.transformer_cosmos",
+    "estimate_memory": "pipelines.memory",
     "nano_path": "nano",
     "rollout": "pipelines.rollout",
     "preflight": "pipelines.preflight",

@@ -11,6 +11,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 CAMERA_CHANNELS = 6  # a Plücker ray: moment and direction
 ACTION_FORMS = ("intended", "as_written")
@@ -150,7 +151,9 @@ def _condition_channels(model, condition: torch.Tensor, batches, grid) -> torch.
     check_shape("condition", condition, (batches, (1,), grid[0], None, None))
     if condition.is_floating_point():
         raise ValueError(f"condition must be integer token ids, got {condition.dtype}")
-    if not torch.compiler.is_compiling() and not 0 <= condition.min() <= condition.max() < config.condition_vocab_size:
+    # values cannot be looked at while compiling, or where a memory estimate has none
+    known = not torch.compiler.is_compiling() and not isinstance(condition, FakeTensor)
+    if known and not 0 <= condition.min() <= condition.max() < config.condition_vocab_size:
         raise ValueError(
             f"condition has token ids {condition.min().item()}..{condition.max().item()}, "
             f"the model knows 0..{config.condition_vocab_size - 1} (condition_vocab_size)"

@@ -376,7 +376,8 @@ def single_fps(fps) -> float | None:
     """A number, or a tensor or list of equal numbers -> float. Raises ValueError where they differ or are not positive."""
     if fps is None:
         return None
-    values = set(torch.as_tensor(fps, dtype=torch.float64).flatten().tolist())
+    plain = isinstance(fps, int | float)  # without a tensor, which tracing could not look into
+    values = {float(fps)} if plain else set(torch.as_tensor(fps, dtype=torch.float64).flatten().tolist())
     if len(values) != 1:
         raise ValueError(f"fps must be the same for a whole batch, got {sorted(values)}: group videos by fps")
     value = values.pop()

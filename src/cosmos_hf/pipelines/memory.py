@@ -1,0 +1,233 @@
+"""How much memory a generation needs, from configs alone: the parts run on tensors without values, and their sizes are added up.
+
+from cosmos_hf import estimate_memory
+
+print(estimate_memory("7b-video2world", height=704, width=1280, num_frames=121, preset="48gb"))
+"""
+
+import json
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, T5Config, T5EncoderModel
+
+from ..models.autoencoder_cosmos import PRESETS as TOKENIZERS
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from ..models.diffusers_layout import DIFFUSERS_CLASS, config_from_diffusers
+from ..models.transformer_cosmos import PRESETS as TRANSFORMERS
+from ..models.transformer_cosmos import CosmosWorldTransformer3D
+
+# Where the weights are while a part works, and diffusers' call for it.
+PRESETS = {
+    "80gb": "all parts resident: pipe.to(device)",
+    "48gb": "one part at a time: pipe.enable_model_cpu_offload()",
+    "24gb": "one block at a time, the next one on its way: pipe.enable_group_offload(..., use_stream=True)",
+}
+# The published models' text encoder, T5-11B, and size of a call.
+_T5_11B = dict(d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128, vocab_size=32128)
+_SIZE = dict(height=704, width=1280, num_frames=121, max_sequence_length=512)
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes. `weights` by part; `activations` by stage, at its peak; `stages`: both together where `preset` puts the weights."""
+
+    weights: dict[str, int]
+    activations: dict[str, int]
+    stages: dict[str, int]
+    preset: str
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.peak / 1e9:.2f} GB with the preset {self.preset} ({PRESETS[self.preset]})"]
+        lines += [f"  {name}: {size / 1e9:.2f} GB of weights" for name, size in self.weights.items()]
+        lines += [
+            f"  {stage}: {size / 1e9:.2f} GB, {self.activations[stage] / 1e9:.2f} of it activations"
+            for stage, size in self.stages.items()
+        ]
+        return "\n".join(lines)
+
+
+def estimate_memory(
+    model: str | Path,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    preset: str = "80gb",
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """The peak of each stage of one guided generation of one video, with fused attention.
+
+    Counted are the tensors that the parts make, not the buffers that a kernel takes for itself nor what an allocator keeps aside.
+
+    Args:
+        model: the name of a transformer's preset ("7b-video2world", with T5-11B and the 8x8x8 tokenizer), or a pipeline's
+            folder or Hub id, of which only configs are read.
+        height, width, num_frames: None takes the pipeline's own, or the published 704x1280 with 121 frames.
+        preset: where the weights are; a name in `PRESETS`.
+        dtype: of weights and activations.
+
+    Raises ValueError for an unknown preset, and what the parts raise for a size that they cannot represent.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    configs, size = _configs(str(model))
+    given = dict(height=height, width=width, num_frames=num_frames)
+    size |= {name: value for name, value in given.items() if value is not None}
+    with torch.device("meta"):
+        transformer = CosmosWorldTransformer3D(**configs["transformer"])
+        vae = CosmosVideoTokenizer(**configs["vae"])
+        encoder = T5EncoderModel(configs["text_encoder"])
+    for part in (transformer, vae, encoder):
+        _cast(part, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        transformer, vae, encoder = (part.to_empty(device="cpu").eval() for part in (transformer, vae, encoder))
+        parts = {"text_encoder": encoder, "transformer": transformer, "vae": vae}
+        activations = {
+            "text_encoder": peak_of(lambda: _encode_text(encoder, size["max_sequence_length"])),
+            "transformer": peak_of(lambda: _denoise(transformer, vae, size, dtype)),
+            "vae": peak_of(lambda: _decode(vae, size, dtype)),
+        }
+        weights = {name: _bytes(part) for name, part in parts.items()}
+        resident = {
+            "80gb": lambda name: sum(weights.values()),
+            "48gb": lambda name: weights[name],
+            "24gb": lambda name: _two_blocks(parts[name]),
+        }[preset]
+        stages = {name: resident(name) + activations[name] for name in parts}
+    return MemoryEstimate(weights, activations, stages, preset)
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+def _encode_text(encoder: T5EncoderModel, length: int):
+    """Prompt and negative prompt, one after the other; the embeddings of the first stay."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    return [encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state for _ in range(2)]
+
+
+def _denoise(transformer: CosmosWorldTransformer3D, vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype):
+    """One guided step: two evaluations, with the latents, noise and estimates in float32 that a step holds."""
+    config, factor = transformer.config, vae.config.spatial_compression
+    shape = (1, config.out_channels, vae.latent_frames(size["num_frames"]) * config.num_views)
+    shape += (size["height"] // factor, size["width"] // factor)
+    latents, given, noise, denoised = (torch.zeros(shape) for _ in range(4))
+    length = size["max_sequence_length"] * config.num_views
+    texts = [torch.zeros(1, length, config.text_embed_dim, dtype=dtype) for _ in range(2)]
+    channels = dict(condition_mask=1, camera=config.camera_channels, condition=config.condition_channels)
+    conditions = {
+        name: torch.zeros(1, channels[name], *shape[2:]) if name in channels else torch.zeros(1, 1, config.action_dim)
+        for name in transformer.conditions
+    }
+    if config.condition_vocab_size is not None:
+        conditions["condition"] = torch.zeros(1, 1, *shape[2:], dtype=torch.long)
+    kept = [transformer(latents, 0.0, text, fps=24, **conditions).sample.float() for text in texts]
+    return kept, given, noise, denoised
+
+
+def _decode(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype):
+    factor = vae.config.spatial_compression
+    frames = vae.latent_frames(size["num_frames"])
+    latents = torch.zeros(
+        1, vae.config.latent_channels, frames, size["height"] // factor, size["width"] // factor, dtype=dtype
+    )
+    return vae._decode(latents).float()  # decode would look at the values, which are not there
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+class _PeakTracker(TorchDispatchMode):
+    """Adds up the storages that operations make, and takes them off when they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known and storage._cdata not in old:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_of(call) -> int:
+    """Bytes of tensors that `call` holds at its worst moment, beyond those that exist before."""
+    with _PeakTracker() as tracker:
+        result = call()
+    del result
+    return tracker.peak
+
+
+def _cast(part: torch.nn.Module, dtype: torch.dtype):
+    """As `from_pretrained` does: what a class keeps in float32 stays so, in transformers beside float16 only."""
+    kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+    if isinstance(part, T5EncoderModel) and dtype != torch.float16:
+        kept = ()
+    for name, parameter in part.named_parameters():
+        if not any(word in name.split(".") for word in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _bytes(part: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+
+
+def _two_blocks(part: torch.nn.Module) -> int:
+    """What group offload holds: the largest two neighbouring blocks of the part's longest list, and all outside of it."""
+    lists = [module for module in part.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+    if not lists:
+        return _bytes(part)
+    sizes = [_bytes(block) for block in max(lists, key=_bytes)]
+    return _bytes(part) - sum(sizes) + max(a + b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def _configs(model: str) -> tuple[dict, dict]:
+    """(config of each part, size of a call) of a preset's name, or of a folder or Hub id."""
+    if model in TRANSFORMERS:
+        config = TRANSFORMERS[model]
+        text = T5Config(**_T5_11B | {"d_model": config.get("text_embed_dim", _T5_11B["d_model"])})
+        return dict(transformer=config, vae=TOKENIZERS["cv8x8x8"], text_encoder=text), dict(_SIZE)
+    transformer = _plain(
+        CosmosWorldTransformer3D.load_config(model, subfolder="transformer"), CosmosWorldTransformer3D
+    )
+    vae = CosmosVideoTokenizer.load_config(model, subfolder="vae")
+    vae = config_from_diffusers(vae) if vae["_class_name"] == DIFFUSERS_CLASS else _plain(vae, CosmosVideoTokenizer)
+    size, index = dict(_SIZE), Path(model) / "model_index.json"
+    if index.exists():
+        values = json.loads(index.read_text())
+        size |= {name: values[name] for name in size if name in values}
+    text = AutoConfig.from_pretrained(model, subfolder="text_encoder")
+    return dict(transformer=transformer, vae=vae, text_encoder=text), size
+
+
+def _plain(config: dict, cls) -> dict:
+    return {name: value for name, value in config.items() if name in cls._get_init_keys(cls)}
