@@ -1,6 +1,5 @@
 """Every script of `pipelines/` as a user runs it, with the bundled model and few steps; and what it says of bad input."""
 
-import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -9,11 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_hf import nano_path
-from cosmos_hf.data.real_media import MEDIA
-from cosmos_hf.data.video import read_metadata, read_video, write_video
-from cosmos_hf.models.autoencoder_cosmos_image import PRESETS as IMAGE_PRESETS
-from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
+from cosmos_hf import CosmosVideoTokenizer, nano_path
+from cosmos_hf.data.video import VideoWriter, read_metadata, read_video, write_video
+from torchscript_files import fixture, save_torchscript
 
 SCRIPTS = Path(__file__).parents[1] / "pipelines"
 EXAMPLE = f"{nano_path('video2world')}/example.mp4"
@@ -75,36 +72,77 @@ def test_reconstruct_video(tmp_path, capsys):
     assert (figures["height"], figures["width"]) == (96, 128) and figures["psnr"] > 18
 
 
-def test_evaluate_tokenizer(tmp_path, capsys):
-    """The bundled tokenizer on a clip whose size it cannot take, and on pictures; everything about it in the file."""
-    clip = read_video(EXAMPLE).frames
-    write_video(tmp_path / "clips" / "a.mp4", clip[:, :, :90, :100].contiguous(), fps=5)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(clip[:, 0].permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / "a.png")
-    Image.fromarray(clip[:, 8].permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / "b.png")
-    output = tmp_path / "figures.json"
-    sets = [tmp_path / "clips", tmp_path / "pictures"]
-    run("evaluate_tokenizer", "--data", *sets, "--output", output, "--num_frames", 9, "--no_progress")
-    figures = json.loads(output.read_text())
-    assert set(figures) == {"made_by", "clips", "pictures"}
-    summary = figures["clips"]["summary"]
-    assert set(summary) == {"psnr", "ssim", "epd", "flicker"} and summary["psnr"]["mean"] > 18
-    assert figures["clips"]["alignment"] == {"0": 1} and figures["clips"]["frechet"]["efd"]["count"] == 9
-    assert figures["pictures"]["summary"]["psnr"]["count"] == 2 and figures["pictures"]["alignment"] == {}
-    assert "clips: " in capsys.readouterr().out
+def test_reconstruct_video_with_a_window_and_small_chunks(tmp_path, capsys):
+    arguments = ("--input", EXAMPLE, "--height", 32, "--width", 32, "--no_progress", "--chunk", 4)
+    for window, output in (((), "exact.mp4"), (("--window", 2), "window.mp4")):
+        run("reconstruct_video", *arguments, *window, "--output", tmp_path / output)
+    exact, windowed = (json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert exact["num_frames"] == windowed["num_frames"] == read_video(EXAMPLE).frames.shape[1]
+    # Keys and values of encoder and decoder: 2 x 2 x 96 channels x 4 bytes at 4 x 4 positions of each latent frame kept.
+    latent_frames = -(-(exact["num_frames"] - 1) // 4) + 1
+    assert (exact["attention_bytes"], windowed["attention_bytes"]) == (24576 * latent_frames, 24576 * 2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="pip install scikit-image")
-def test_evaluate_image_tokenizer_on_real_footage(tmp_path, monkeypatch):
-    for name in set(MEDIA) - {"coffee"}:
-        monkeypatch.delitem(MEDIA, name)
-    tokenizer = CosmosImageTokenizer(**IMAGE_PRESETS["tiny"] | dict(quantizer="fsq", latent_channels=6))
-    tokenizer.save_pretrained(tmp_path / "model")
-    options = ("--height", 48, "--width", 64, "--num_frames", 3, "--num_clips", 1, "--no_perceptual", "--no_progress")
-    run("evaluate_tokenizer", "--model", tmp_path / "model", "--real", "--output", tmp_path / "out.json", *options)
-    figures = json.loads((tmp_path / "out.json").read_text())["real"]
-    assert [row["key"] for row in figures["clips"]] == ["coffee-000"]
-    assert 0 < figures["codes"]["code_usage"] <= 3 * 48 / 64000 and "frechet" not in figures
+def test_reconstruct_video_leaves_no_half_written_file(tmp_path, monkeypatch):
+    """A failure in the middle, here of the writer's second chunk."""
+    written = []
+
+    def fails_later(self, frames):
+        written.append(frames.shape[1])
+        if len(written) == 2:
+            raise OSError("disk full")
+        return write(self, frames)
+
+    write = VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", fails_later)
+    with pytest.raises(SystemExit):
+        run("reconstruct_video", "--input", EXAMPLE, "--height", 32, "--width", 32, "--output", tmp_path / "out.mp4")
+    assert written == [1, 12] and not list(tmp_path.iterdir())
+
+
+def test_convert_tokenizer(tmp_path, capsys):
+    """A folder as published -> a folder that `from_pretrained` reads, in both layouts."""
+    model, state, config = fixture("cv8x8x8_p4")
+    folder = tmp_path / "Cosmos-1.0-Tokenizer-CV8x8x8"
+    folder.mkdir()
+    for part in ("encoder", "decoder"):
+        save_torchscript(folder / f"{part}.jit", model, state, part)
+    torch.save((torch.randn(16 * 3), torch.rand(16 * 3) + 0.5), folder / "mean_std.pt")
+    sizes = json.dumps({name: config[name] for name in ("channels", "channels_mult", "num_res_blocks")})
+    video = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    for layout in ("cosmos_hf", "diffusers"):
+        output = tmp_path / layout
+        run(
+            "convert_tokenizer",
+            "--input",
+            folder,
+            "--output",
+            output,
+            "--config",
+            sizes,
+            "--verify",
+            "--layout",
+            layout,
+        )
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert figures["statistics"] and figures["verified"]["encoder"]["error"] < 1e-5
+        loaded = CosmosVideoTokenizer.from_pretrained(output).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.encode(video).latents, model.encode(video).latents)
+        assert len(loaded.config.latents_mean[0]) == 3
+    with pytest.raises(SystemExit):
+        run(
+            "convert_tokenizer",
+            "--input",
+            folder,
+            "--output",
+            tmp_path / "wrong",
+            "--preset",
+            "cv8x16x16",
+            "--config",
+            sizes,
+        )
+    assert "missing" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,15 +158,14 @@ def test_evaluate_image_tokenizer_on_real_footage(tmp_path, monkeypatch):
             ("--input", EXAMPLE, "--height", 50, "--width", 50),
             "height must be a multiple of 8, got 50",
         ),
-        ("evaluate_model", ("--data", "no_such_folder"), "no_such_folder"),
-        ("evaluate_tokenizer", (), "give --data folders, --real, or both"),
         (
-            "evaluate_tokenizer",
-            ("--data", "no_such_folder", "--no_perceptual"),
-            "no such file or folder: no_such_folder",
+            "reconstruct_video",
+            ("--input", EXAMPLE, "--chunk", 6),
+            "chunk must be a positive multiple of 4 frames, got 6",
         ),
-        ("evaluate_tokenizer", ("--real", "--height", 96), "give --height and --width together"),
-        ("evaluate_tokenizer", ("--real", "--i3d", "no_such.pt", "--no_perceptual"), "FVD needs i3d_torchscript.pt"),
+        ("reconstruct_video", ("--input", EXAMPLE, "--window", 0), "window is a number of latent frames"),
+        ("convert_tokenizer", ("--input", "none", "--output", "x"), "no such folder: none"),
+        ("evaluate_model", ("--data", "no_such_folder"), "no_such_folder"),
     ],
 )
 def test_bad_input_is_a_message_and_not_a_stack_trace(script, arguments, message, capsys, tmp_path, monkeypatch):

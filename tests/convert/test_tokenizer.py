@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cosmos_hf.convert import load_original
-from cosmos_hf.convert.tokenizer import convert_tokenizer_keys, tokenizer_config
-from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.convert.tokenizer import convert_tokenizer_keys, tokenizer_class, tokenizer_config
+from cosmos_hf.models.image_layers import image_patch, image_unpatch
 from cosmos_hf.models.quantizers import FiniteScalarQuantizer
 from cosmos_hf.models.video_layers import haar_patch, haar_unpatch
 from golden_files import FULL, golden, golden_json, weights
@@ -59,6 +59,15 @@ def test_wavelets(patch):
     torch.testing.assert_close(haar_unpatch(coefficients, patch), last(tensors[f"haar3d.p{patch}.rand_inverse"]))
 
 
+@pytest.mark.parametrize("patch", [2, 4])
+def test_wavelets_of_images(patch):
+    tensors, _, _ = golden("tokenizers", "units")
+    image = tensors["haar2d.input"]
+    patches = image_patch(image, patch)
+    torch.testing.assert_close(patches, tensors[f"haar2d.p{patch}.output"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(image_unpatch(patches, patch), image, atol=1e-6, rtol=0)
+
+
 def test_finite_scalar_quantisation():
     tensors, _, _ = golden("tokenizers", "units")
     fsq = FiniteScalarQuantizer(tuple(tensors["fsq.levels"].tolist()))
@@ -90,6 +99,29 @@ def test_every_key_is_accounted_for():
         load_original(class_name, {**config, "legacy_mode": True}, state)
 
 
+def test_every_key_of_an_image_tokenizer_is_accounted_for():
+    tensors, class_name, config = load("di8x8_p4")
+    state = weights(tensors)
+    codes = FiniteScalarQuantizer((8, 8, 8, 5, 5, 5)).decode(torch.arange(64000))
+    load_original(class_name, config, {**state, "quantizer.implicit_codebook": codes.bfloat16()})
+    for changed, message in (
+        ({"quantizer.implicit_codebook": codes.flip(0)}, "implicit_codebook is .*not this architecture"),
+        ({"quantizer._levels": torch.tensor([8, 8, 8, 5, 5, 6])}, "_levels is .*not this architecture"),
+        ({"encoder.patcher.wavelets": torch.ones(2)}, "wavelets is .*not this architecture"),
+        ({"encoder.down.1.downsample.conv1.conv3d.weight": torch.zeros(1)}, "downsample.conv1"),
+        ({"encoder.down.0.extra": torch.zeros(1)}, r"unknown keys \['encoder.down.0.extra'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_original(class_name, config, {**state, **changed})
+    for changed, message in (
+        ({"quantizer": "LFQ"}, "quantizer 'LFQ' .* only FSQ"),
+        ({"formulation": "VAE"}, "formulation='VAE' is not supported"),
+        ({"temporal_compression": 8}, "temporal_compression=8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_original(class_name, {**config, **changed}, state)
+
+
 def test_unused_convolutions_of_the_first_release_are_dropped():
     """0.1 files carry resampling convolutions of levels that do not resample."""
     tensors, class_name, config = load("cv8x8x8_p4")
@@ -101,12 +133,15 @@ def test_unused_convolutions_of_the_first_release_are_dropped():
 
 def test_published_sizes_convert_on_the_meta_device():
     index = golden_json("manifests", "_index")
-    names = [name for name, entry in index.items() if "VideoTokenizer" in entry.get("cls", "")]
-    assert len(names) >= 9
+    names = [
+        name for name, entry in index.items() if entry.get("cls", "").endswith(("VideoTokenizer", "ImageTokenizer"))
+    ]
+    assert len(names) == 20
     for name in names:
         shapes = golden_json("manifests", name)
         with torch.device("meta"):
             state = {key: torch.empty(shape) for key, (shape, _) in shapes.items()}
-            model = CosmosVideoTokenizer(**tokenizer_config(index[name]["cls"], index[name]["config"], state))
+            config = tokenizer_config(index[name]["cls"], index[name]["config"], state)
+            model = tokenizer_class(index[name]["cls"])(**config)
         converted = convert_tokenizer_keys(state, model)
         assert converted.keys() == model.state_dict().keys(), name

@@ -108,7 +108,7 @@ def convert_tokenizer_keys(state_dict: dict, model: CosmosVideoTokenizer | Cosmo
             converted[new] = tensor
         elif new in expected:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the config wants {tuple(expected[new])}")
-        elif _UNUSED.fullmatch(key):
+        elif isinstance(model, CosmosVideoTokenizer) and is_unused(key):
             logger.info("dropped %s: its level does not resample", key)
         else:
             unknown.append(key)
@@ -116,6 +116,11 @@ def convert_tokenizer_keys(state_dict: dict, model: CosmosVideoTokenizer | Cosmo
     if unknown or missing:
         raise ValueError(f"not a tokenizer of this config: unknown keys {unknown}, missing (our names) {missing}")
     return converted
+
+
+def is_unused(key: str) -> bool:
+    """Whether an entry that a model lacks belongs to a resampling layer that a file of the first release never runs."""
+    return _UNUSED.fullmatch(key) is not None
 
 
 def _is_buffer(key: str, tensor: torch.Tensor, model: CosmosVideoTokenizer | CosmosImageTokenizer) -> bool:

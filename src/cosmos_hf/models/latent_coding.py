@@ -71,7 +71,7 @@ class LatentCodingMixin:
             raise ValueError("this tokenizer is continuous (quantizer=None) and has no indices; use decode(latents)")
         if indices.ndim != 1 + len(self.latent_axes):
             raise ValueError(f"indices must be [B, {', '.join(self.latent_axes)}], got {tuple(indices.shape)}")
-        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1)
+        return self.fsq.decode(indices).to(self.dtype).movedim(-1, 1).contiguous()
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class LatentCodingMixin:
             raise ValueError(
                 f"{name} must have the tokenizer's dtype {self.dtype}, got {tensor.dtype}: use .to(dtype)"
             )
-        if tensor.is_meta or torch.compiler.is_compiling():
+        if tensor.is_meta or torch.compiler.is_compiling() or not tensor.numel():
             return
         low, high = (value.item() for value in tensor.detach().aminmax())  # a NaN comes through
         if not (-torch.inf < low <= high < torch.inf):

@@ -28,7 +28,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def _bound(self, z: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """Squash each channel so that rounding yields `levels` integers (an even count is shifted by one half)."""
-        half = (levels - 1) * (1 + 1e-3) / 2
+        half = (levels - 1).float() * (1 + 1e-3) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         return (z + torch.atanh(offset / half)).tanh() * half - offset
 
@@ -39,14 +39,16 @@ class FiniteScalarQuantizer(nn.Module):
         quantized = bounded.round()
         indices = ((quantized.long() + half_width) * basis).sum(-1)
         # The straight-through term is formed so that the forward value is the code itself, to the bit.
-        codes = (
-            quantized.detach() / half_width if not z.requires_grad else _StraightThrough.apply(bounded) / half_width
-        )
+        rounded = _StraightThrough.apply(bounded) if z.requires_grad else quantized
+        codes = rounded / half_width.float()
         return codes.to(z.dtype), indices
 
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         """indices [...] int in [0, codebook_size) -> float32 codes [..., C]. Raises ValueError outside that range."""
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"indices must be integers, got {indices.dtype}")
+        looked_at = indices.numel() and not indices.is_meta and not torch.compiler.is_compiling()
+        if looked_at and (indices.min() < 0 or indices.max() >= self.codebook_size):
             raise ValueError(
                 f"indices must lie in [0, {self.codebook_size}) for levels {self.levels}, "
                 f"got {int(indices.min())}..{int(indices.max())}"
