@@ -97,7 +97,7 @@ def test_reconstruct_video_leaves_no_half_written_file(tmp_path, monkeypatch):
     monkeypatch.setattr(VideoWriter, "write", fails_later)
     with pytest.raises(SystemExit):
         run("reconstruct_video", "--input", EXAMPLE, "--height", 32, "--width", 32, "--output", tmp_path / "out.mp4")
-    assert written == [1, 12] and not list(tmp_path.iterdir())
+    assert written == [1, 16] and not list(tmp_path.iterdir())
 
 
 def test_convert_tokenizer(tmp_path, capsys):

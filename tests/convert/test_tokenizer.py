@@ -116,10 +116,14 @@ def test_every_key_of_an_image_tokenizer_is_accounted_for():
     for changed, message in (
         ({"quantizer": "LFQ"}, "quantizer 'LFQ' .* only FSQ"),
         ({"formulation": "VAE"}, "formulation='VAE' is not supported"),
-        ({"temporal_compression": 8}, "temporal_compression=8"),
+        ({"temporal_compression": 8}, "argument temporal_compression=8 is not known"),
+        ({"channels_mult": [2, 1, 2]}, "the decoder's widths are"),
     ):
         with pytest.raises(ValueError, match=message):
             load_original(class_name, {**config, **changed}, state)
+    for lacking in ("channels", "embedding_dim"):
+        with pytest.raises(ValueError, match=f"argument {lacking} is missing"):
+            load_original(class_name, {key: value for key, value in config.items() if key != lacking}, state)
 
 
 def test_unused_convolutions_of_the_first_release_are_dropped():

@@ -67,6 +67,15 @@ def test_a_pickle_that_wants_to_run_something_is_refused(traced, tmp_path, capsy
     assert "must not run" not in capsys.readouterr().out
 
 
+def test_a_pickle_that_misuses_what_is_allowed_is_refused(traced, tmp_path):
+    """A storage type that is called, a tensor of something that is no storage."""
+    traced.save(tmp_path / "net.jit")
+    for data in (b"\x80\x02ctorch\nFloatStorage\n)R.", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x00K\x00))tR."):
+        bad = rewritten(tmp_path / "net.jit", lambda name, old, data=data: data if name.endswith("/data.pkl") else old)
+        with pytest.raises(ValueError, match="damaged"):
+            read_torchscript(bad)
+
+
 def test_the_program_is_never_opened(traced, tmp_path):
     traced.save(tmp_path / "net.jit")
     spoiled = rewritten(tmp_path / "net.jit", lambda name, data: b"spoiled" if "/code/" in name else data)

@@ -51,8 +51,9 @@ def tokenizer_class(class_name: str) -> type[CosmosVideoTokenizer] | type[Cosmos
 def tokenizer_config(class_name: str, config: dict, state_dict: dict) -> dict:
     """Constructor arguments of our class for those of the reference."""
     config, image = dict(config), "Image" in class_name
-    ours = {key: config.pop(key) for key in _SAME if key in config}
+    ours = {key: config.pop(key) for key in _SAME if key in config and not (image and key == "temporal_compression")}
     try:
+        channels, encoder_mult = ours["channels"], tuple(ours["channels_mult"])
         if "Discrete" in class_name:
             quantizer = config.pop("quantizer", "FSQ")
             if quantizer != "FSQ":
@@ -71,12 +72,10 @@ def tokenizer_config(class_name: str, config: dict, state_dict: dict) -> dict:
             raise ValueError(
                 f"{class_name} argument {key}={value!r} is not supported, only {fixed[key]!r} was released"
             )
-    mult = decoder_factors(state_dict, ours["channels"])
-    if mult and mult != tuple(ours["channels_mult"]):
+    mult = decoder_factors(state_dict, channels)
+    if mult and mult != encoder_mult:
         if image:
-            raise ValueError(
-                f"the decoder's widths are {mult} times {ours['channels']}, the config wants {ours['channels_mult']}"
-            )
+            raise ValueError(f"the decoder's widths are {mult} times {channels}, the config wants {encoder_mult}")
         ours["decoder_channels_mult"] = mult
     return ours
 

@@ -52,10 +52,10 @@ def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} was written on a big-endian machine, which is not supported")
         try:
             module = _ModuleUnpickler(archive, root).load()
-        except (KeyError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path}: {error}") from error
+        except (KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
     tensors = dict(_named_tensors(module, ""))
     if not tensors:
         raise ValueError(

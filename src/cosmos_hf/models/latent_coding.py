@@ -107,7 +107,9 @@ class LatentCodingMixin:
 
     def _check_values(self, name: str, tensor: torch.Tensor, limit: float | None, advice: str):
         """Dtype, NaN, range. Values cannot be looked at where there are none: on the meta device and while compiling."""
-        if tensor.dtype != self.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        # In training the wrappers of sharded and mixed-precision models cast inputs and weights between here and the layers.
+        casts = self.training or torch.is_autocast_enabled(tensor.device.type)
+        if tensor.dtype != self.dtype and not casts:
             raise ValueError(
                 f"{name} must have the tokenizer's dtype {self.dtype}, got {tensor.dtype}: use .to(dtype)"
             )
