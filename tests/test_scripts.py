@@ -1,6 +1,5 @@
 """Every script of `pipelines/` as a user runs it, with the bundled model and few steps; and what it says of bad input."""
 
-import importlib.util
 import json
 import runpy
 import subprocess
@@ -402,14 +401,6 @@ def test_convert_tokenizer(tmp_path, capsys):
         ("reconstruct_video", ("--input", EXAMPLE, "--window", 0), "window is a number of latent frames"),
         ("convert_tokenizer", ("--input", "none", "--output", "x"), "no such folder: none"),
         ("evaluate_model", ("--data", "no_such_folder"), "no_such_folder"),
-        ("evaluate_tokenizer", (), "give --data folders, --real, or both"),
-        (
-            "evaluate_tokenizer",
-            ("--data", "no_such_folder", "--no_perceptual"),
-            "no such file or folder: no_such_folder",
-        ),
-        ("evaluate_tokenizer", ("--real", "--height", 96), "give --height and --width together"),
-        ("evaluate_tokenizer", ("--real", "--i3d", "no_such.pt", "--no_perceptual"), "FVD needs i3d_torchscript.pt"),
     ],
 )
 def test_bad_input_is_a_message_and_not_a_stack_trace(script, arguments, message, capsys, tmp_path, monkeypatch):

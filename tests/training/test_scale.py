@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,12 @@ def check(folder: Path, alone: Path):
 def test_ddp(tmp_path, alone):
     launch("ddp", "MULTI_CPU", tmp_path)
     check(tmp_path, alone)
+    # The same samples, whoever sees them: one process goes on where two stopped.
+    shutil.copytree(alone, tmp_path / "alone")
+    ours, wanted = (
+        run(tmp_path / name, max_steps=5, batch_size=2, gradient_accumulation=2)[-1] for name in ("straight", "alone")
+    )
+    assert ours == pytest.approx(wanted, rel=1e-3) and ours[0] == 5
     lines = [json.loads(line) for line in (tmp_path / "adversarial" / "log.jsonl").read_text().splitlines()]
     assert ["fooling" in line for line in lines] == [False, True, True]
 
