@@ -90,7 +90,7 @@ def lint(
     if clips:
         findings += _check_frames(clips, num_frames, temporal_compression)
         findings += _check_captions(clips, need_captions)
-        findings += _check_numbers(clips, "actions") + _check_numbers(clips, "states")
+        findings += [*_check_numbers(clips, "actions"), *_check_numbers(clips, "states")]
         findings += _check_spec(clips, spec) if spec else []
         findings += _check_cameras(clips)
     if len(keys) < len(source.keys):
