@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 
 
@@ -16,6 +17,15 @@ def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     exec(compile(code, "README", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Its blocks in order, as one program."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+        exec(compile(code, page.name, "exec"), names)
 
 
 def test_scripts_and_files_that_the_readme_names_exist():
