@@ -121,10 +121,10 @@ def test_a_broken_stream_and_a_missing_file(tmp_path):
 def test_actions_against_the_spec_of_a_checkpoint(tmp_path, capsys):
     spec = SPEC.with_statistics([actions(number) for number in range(6)])
     spec.save(tmp_path / "model")
-    root = write_folder(tmp_path / "set", {4: {"actions": 8 * actions(4)}})
+    root = write_folder(tmp_path / "set", {4: {"actions": 4 * actions(4)}})
     assert main(["lint", str(root), "--action_spec", str(tmp_path / "model")]) == 1
     said = capsys.readouterr().out
-    assert "the action 'x' goes from" in said and "[4]" in said and "1 error, " in said or "2 errors" in said
+    assert "the action 'x' goes from" in said and "[4]" in said and "1 error, 0 warnings" in said
     ActionSpec(("x",), ("m",), "robot base", "delta", 5.0).save(tmp_path / "model")
     assert main(["lint", str(root), "--action_spec", str(tmp_path / "model")]) == 1
     assert "actions have 2 numbers, 1 are needed: x" in capsys.readouterr().out
