@@ -9,6 +9,7 @@ What needs points or poses alone is exact and always there. Finding them in pict
 `pip install 'cosmos-hf[geometry]'`.
 """
 
+import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..conditioning.camera import camera_centres, check_extrinsics, check_intrin
 
 CANVAS_HEIGHT = 540  # of the picture in whose pixels Sampson errors are told
 MIN_MATCHES = 16  # fewer tell nothing of a pair of frames
+MIN_MATCHES_OF_KNOWN = 4  # where the cameras are known, nothing is fitted to the matches
+ENLARGED_HEIGHT = 384  # smaller pictures are enlarged: key points of a few pixels are not found otherwise
 MATCH_RATIO = 0.8  # of the nearest to the second nearest descriptor (Lowe's test)
 
 # ---- poses ---------------------------------------------------------------------------------------------------------
@@ -140,10 +143,10 @@ def sampson_error(frame_a, frame_b, fundamental=None) -> float:
     """Median Sampson distance of what two frames, uint8 [H, W, 3], show in common, in pixels of the canvas.
 
     `fundamental`: of the known cameras; None estimates it from the matches (LO-RANSAC), which measures whether *some* rigid
-    scene explains the pair. NaN for fewer than `MIN_MATCHES` matches.
+    scene explains the pair. NaN for fewer than `MIN_MATCHES` matches, of known cameras `MIN_MATCHES_OF_KNOWN`.
     """
     points_a, points_b = match_frames(frame_a, frame_b)
-    if len(points_a) < MIN_MATCHES:
+    if len(points_a) < (MIN_MATCHES if fundamental is None else MIN_MATCHES_OF_KNOWN):
         return float("nan")
     if fundamental is None:
         options = _pycolmap().RANSACOptions()
@@ -215,11 +218,14 @@ def recover_poses(video, intrinsics, min_share: float = 1.0) -> RecoveredPath | 
         root = Path(folder)
         (root / "pictures").mkdir()
         for t, frame in enumerate(video):
-            Image.fromarray(np.asarray(frame)).save(root / "pictures" / f"{t:05d}.png")
+            picture, factor = _enlarged(frame)
+            picture.save(root / "pictures" / f"{t:05d}.png")
         reading = pycolmap.ImageReaderOptions()
         reading.camera_model = "PINHOLE"
-        reading.camera_params = ",".join(str(float(v)) for v in (*matrix.diagonal()[:2], matrix[0, 2], matrix[1, 2]))
-        models = _reconstruct(pycolmap, root, reading)
+        numbers = factor * torch.stack([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]])
+        reading.camera_params = ",".join(str(value) for value in numbers.tolist())
+        with _quiet(pycolmap):
+            models = _reconstruct(pycolmap, root, reading)
     if not models:
         return None
     best = max(models.values(), key=lambda model: model.num_reg_images())
@@ -232,31 +238,46 @@ def recover_poses(video, intrinsics, min_share: float = 1.0) -> RecoveredPath | 
 
 def _reconstruct(pycolmap, root: Path, reading) -> dict:
     database, pictures, cpu = root / "database.db", root / "pictures", pycolmap.Device.cpu
+    pycolmap.extract_features(
+        database, pictures, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reading, device=cpu
+    )
+    pycolmap.match_exhaustive(database, device=cpu)
+    options = pycolmap.IncrementalPipelineOptions()
+    options.random_seed, options.min_model_size = 0, 3
+    options.ba_refine_focal_length = options.ba_refine_extra_params = False
+    # Short clips of small pictures move little and have few points.
+    options.mapper.init_min_tri_angle, options.mapper.init_min_num_inliers = 2.0, 30
+    options.mapper.abs_pose_min_num_inliers = 15
+    return pycolmap.incremental_mapping(database, pictures, root, options)
+
+
+@contextlib.contextmanager
+def _quiet(pycolmap):
+    """Without what pycolmap tells of every step."""
     previous, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, 3
     try:
-        pycolmap.extract_features(
-            database, pictures, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reading, device=cpu
-        )
-        pycolmap.match_exhaustive(database, device=cpu)
-        options = pycolmap.IncrementalPipelineOptions()
-        options.random_seed, options.min_model_size = 0, 3
-        options.ba_refine_focal_length = options.ba_refine_extra_params = False
-        options.mapper.init_min_tri_angle = 4.0  # short clips move little
-        options.mapper.init_min_num_inliers = 50
-        return pycolmap.incremental_mapping(database, pictures, root, options)
+        yield
     finally:
         pycolmap.logging.minloglevel = previous
+
+
+def _enlarged(frame) -> tuple[Image.Image, int]:
+    """A frame as a picture at least `ENLARGED_HEIGHT` high, and by how much it was enlarged."""
+    picture = Image.fromarray(np.asarray(frame))
+    factor = -(-ENLARGED_HEIGHT // picture.height)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC), factor
 
 
 def _sift(frame) -> tuple[np.ndarray, np.ndarray]:
     """Key points [N, 2] in pixels from the edge, and unit descriptors [N, 128]."""
     pycolmap = _pycolmap()
-    grey = np.ascontiguousarray(Image.fromarray(np.asarray(frame)).convert("L"), dtype=np.uint8)
-    points, features = pycolmap.Sift(device=pycolmap.Device.cpu).extract(grey)
+    picture, factor = _enlarged(frame)
+    grey = np.ascontiguousarray(picture.convert("L"), dtype=np.uint8)
+    with _quiet(pycolmap):
+        points, features = pycolmap.Sift(device=pycolmap.Device.cpu).extract(grey)
     features = np.asarray(features, dtype=np.float64)
-    return np.asarray(points, dtype=np.float64)[:, :2], features / np.linalg.norm(
-        features, axis=1, keepdims=True
-    ).clip(1e-9)
+    features = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9)
+    return np.asarray(points, dtype=np.float64)[:, :2] / factor, features
 
 
 def _pycolmap():

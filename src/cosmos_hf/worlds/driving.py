@@ -14,7 +14,7 @@ from .render import SegmentationRenderer, aim_camera, make_renderer, mujoco
 
 VERSION = 1  # of the simulated content: raised when equal arguments give other clips
 SPLITS = ("train", "val_iid", "val_style", "val_light", "val_counterfactual")
-FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 64, 96, 17, 50.0
+FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 64, 96, 17, 62.0
 KINDS = {"straight": 0.4, "left": 0.2, "right": 0.2, "stop": 0.1, "start": 0.1}
 PLANS = ("straight", "left", "right", "stop")  # of the counterfactual split, from one start
 # View -> where the camera is in the car (x to the front from the rear axle, y to the left, z up) and its azimuth, degrees.
