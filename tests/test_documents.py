@@ -19,13 +19,17 @@ def test_code_of_the_readme_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README", "exec"), {})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    """Its blocks in order, as one program."""
+    """All blocks of a page in turn, in one namespace; each script that it calls exists and knows the arguments."""
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+    (tmp_path / "outputs").mkdir()
+    text, names = page.read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(code, page.name, "exec"), names)
+    for script, arguments in re.findall(r"python ((?:pipelines|training)/\w+\.py)(.*)", text):
+        source = (ROOT / script).read_text()
+        assert not [name for name in re.findall(r"--\w+", arguments) if f'"{name}"' not in source], script
 
 
 def test_scripts_and_files_that_the_readme_names_exist():
