@@ -209,6 +209,19 @@ def test_what_is_wrong_is_said(dataset):
         open_clips("hf://nobody/no-such-data-set")
 
 
+def test_a_repository_of_the_hub_is_its_local_copy(dataset, monkeypatch):
+    asked = []
+
+    def snapshot(repository, repo_type, revision):
+        asked.append((repository, repo_type, revision))
+        return str(dataset)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert len(open_clips("hf://someone/arm").keys) == 3
+    assert ClipDataset("hf://someone/arm@v1", views="top", random=False)[0]["caption"] == TASKS[0]
+    assert asked == [("someone/arm", "dataset", None), ("someone/arm", "dataset", "v1")]
+
+
 SPEC = ActionSpec(tuple(NAMES), ("rad",) * 3, "joints", "absolute", 5.0)
 
 

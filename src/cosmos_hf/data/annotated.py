@@ -65,6 +65,8 @@ def annotation_folder(path: Path) -> Path | None:
     """
     if any(part in ANNOTATIONS for part in (path.name, path.parent.name)) and any(path.glob("*.json")):
         return path
+    if path.name in ANNOTATIONS:
+        path = path.parent
     for name in ANNOTATIONS:
         folder = path / name
         if folder.is_dir():

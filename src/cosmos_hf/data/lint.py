@@ -20,7 +20,7 @@ from .samples import VIDEO_SUFFIXES, SampleReader
 
 DARK = 3.0  # levels: frames with less contrast show nothing
 STILL = 0.25  # levels: mean change between frames below which a picture stands still
-FAR_OUT = 12.0  # times the central spread: numbers further from the median are of another scale
+FAR_OUT = 8.0  # times how far most clips go from the median: a clip that goes further is of another scale
 SWAPPED = 0.6  # two cameras are swapped where changing them back leaves less than this share of the difference
 _THUMB = 12  # pixels along each side of the picture that a camera is recognised by
 
@@ -90,7 +90,7 @@ def lint(
     if clips:
         findings += _check_frames(clips, num_frames, temporal_compression)
         findings += _check_captions(clips, need_captions)
-        findings += _check_numbers(clips, "actions") + _check_numbers(clips, "states")
+        findings += [*_check_numbers(clips, "actions"), *_check_numbers(clips, "states")]
         findings += _check_spec(clips, spec) if spec else []
         findings += _check_cameras(clips)
     if len(keys) < len(source.keys):
@@ -173,20 +173,20 @@ def _check_numbers(clips: list[_Clip], name: str):
         return
     table = np.concatenate([getattr(clip, name) for clip in have])
     middle = np.median(table, axis=0)
-    spread = np.quantile(table, 0.9, axis=0) - np.quantile(table, 0.1, axis=0)
+    reach = np.array([np.abs(getattr(clip, name) - middle).max(0) for clip in have])  # [clips, numbers]
+    usual = np.quantile(reach, 0.9, axis=0, method="lower")
     for i in range(table.shape[1]):
         if np.ptp(table[:, i]) == 0:
             yield Finding("warning", f"{name}: number {i} is always {middle[i]:g}, it tells nothing")
-        elif spread[i] > 0:
-            far = [c for c in have if (np.abs(getattr(c, name)[:, i] - middle[i]) > FAR_OUT * spread[i]).any()]
-            if far:
-                worst = max(float(np.abs(getattr(clip, name)[:, i] - middle[i]).max()) for clip in far)
-                yield Finding(
-                    "error" if name == "actions" else "warning",
-                    f"{name}: number {i} is out of scale, {worst:.3g} from its median where 80 % of all lie within "
-                    f"{spread[i]:.3g}",
-                    tuple(clip.key for clip in far),
-                )
+            continue
+        far = [clip.key for clip, far_out in zip(have, reach[:, i], strict=True) if far_out > FAR_OUT * usual[i] > 0]
+        if far:
+            yield Finding(
+                "error" if name == "actions" else "warning",
+                f"{name}: number {i} is out of scale, {reach[:, i].max():.3g} from its median where 9 of 10 clips stay "
+                f"within {usual[i]:.3g}",
+                tuple(far),
+            )
 
 
 def _check_spec(clips: list[_Clip], spec: ActionSpec):

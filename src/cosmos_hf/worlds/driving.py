@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .driving_scene import HALF_ROAD, LIGHTS, PITCH, REACH, TownSpec, build_model, sample_town
+from .driving_scene import HALF_ROAD, LIGHTS, NUM_CARS, PITCH, REACH, TownSpec, build_model, sample_town
 from .render import SegmentationRenderer, aim_camera, make_renderer, mujoco
 
 VERSION = 1  # of the simulated content: raised when equal arguments give other clips
 SPLITS = ("train", "val_iid", "val_style", "val_light", "val_counterfactual")
-FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 64, 96, 17, 50.0
+FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 64, 96, 17, 62.0
 KINDS = {"straight": 0.4, "left": 0.2, "right": 0.2, "stop": 0.1, "start": 0.1}
 PLANS = ("straight", "left", "right", "stop")  # of the counterfactual split, from one start
 # View -> where the camera is in the car (x to the front from the rear axle, y to the left, z up) and its azimuth, degrees.
@@ -29,6 +29,7 @@ VIEWS = {
 WHEELBASE, MAX_STEER = 2.7, 0.60
 _LANE = HALF_ROAD / 2
 _TILT = 0.06  # of the cameras, downwards, radians
+_AWAY = 900.0  # metres: where cars are that are not there
 _CAR_MIDDLE = 1.35  # of a car's body before its rear axle
 _DOES = {
     "straight": "drives straight on",
@@ -98,8 +99,12 @@ def simulate(
         away = rng.uniform(6, PITCH - 10)
         speed = 0.0 if kind == "start" else cruise
     kind = plan or kind
-    states, actions = _drive(_Route(node, heading, kind), away, speed, cruise, kind)
-    car_states = _traffic(rng, node, states)
+    # The plans of one start share their traffic, so it keeps clear of all of them.
+    drives = {
+        way: _drive(_Route(node, heading, way), away, speed, cruise, way) for way in (PLANS if plan else (kind,))
+    }
+    states, actions = drives[kind]
+    car_states = _traffic(rng, node, [path for path, _ in drives.values()])
     extrinsics = np.stack([[camera_pose(state, view) for state in states] for view in views])
     frames, masks = _render(town, extrinsics, car_states, renderer, truth, views)
     visible = [_cars_in_view(pose[0], car_states[0]) for pose in extrinsics]
@@ -200,28 +205,29 @@ def _drive(route: _Route, away: float, speed: float, cruise: float, kind: str) -
     return np.array(states), np.array(actions)
 
 
-def _traffic(rng: np.random.Generator, node, states: np.ndarray) -> np.ndarray:
-    """Other cars [T, N, 3], straight along their lanes; those that would come near the car or each other stay away."""
-    times = np.arange(NUM_FRAMES) / FPS
-    middles = states[:, :2] + _CAR_MIDDLE * np.stack([np.cos(states[:, 2]), np.sin(states[:, 2])], axis=1)
-    taken, cars = [middles], []
-    for number in range(8):
+def _traffic(rng: np.random.Generator, node, drives: list[np.ndarray]) -> np.ndarray:
+    """Other cars [T, N, 3], straight along their lanes; those that would come near any of the drives [T, 4] (which share their
+    start) or each other stay away."""
+    times, start_state = np.arange(NUM_FRAMES) / FPS, drives[0][0]
+    taken = [path[:, :2] + _CAR_MIDDLE * np.stack([np.cos(path[:, 2]), np.sin(path[:, 2])], axis=1) for path in drives]
+    cars = []
+    for number in range(NUM_CARS):
         heading = int(rng.integers(4))
         along, left = _direction(heading), _direction(heading + 1)
         place = np.clip(node + rng.integers(-1, 2, 2), -REACH, REACH) * PITCH - _LANE * left
         start, speed = rng.uniform(-34, 30), rng.uniform(2.5, 8)
         if number < 2 and rng.random() < 0.6:  # someone before or towards the car
-            ahead = np.array([np.cos(states[0, 2]), np.sin(states[0, 2])])
+            ahead = np.array([np.cos(start_state[2]), np.sin(start_state[2])])
             along = ahead if number == 0 else -ahead
             left = np.array([-along[1], along[0]])
-            offset = (states[0, :2] - np.asarray(node) * PITCH) @ along
+            offset = (start_state[:2] - np.asarray(node) * PITCH) @ along
             place = np.asarray(node) * PITCH - _LANE * left
             gap = rng.uniform(10, 20) if number == 0 else rng.uniform(-34, -16)
             start, speed = offset + gap, rng.uniform(3.5, 8)
         path = place + (start + speed * times)[:, None] * along
         near = min(np.linalg.norm(path - other, axis=1).min() for other in taken)
         if near < 6.0 or np.abs(path).max() > REACH * PITCH:
-            path = np.full((NUM_FRAMES, 2), 900.0)
+            path = np.full((NUM_FRAMES, 2), _AWAY)
         else:
             taken.append(path)
         cars.append(np.c_[path, np.full(NUM_FRAMES, np.arctan2(along[1], along[0]))])
