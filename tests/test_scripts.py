@@ -261,7 +261,7 @@ def test_both_prompts_are_in_the_metadata(tmp_path, monkeypatch):
         def __call__(self, prompt, image):
             return prompt_upsampler.UpsampledPrompt(prompt, f"{prompt} on a table", "chat")
 
-    monkeypatch.setattr(prompt_upsampler, "_loaded", lambda name, device: Answering())
+    monkeypatch.setattr(prompt_upsampler, "_loaded", lambda name, device, four_bit: Answering())
     quick = ("--num_inference_steps", 1, "--num_frames", 5)
     run("text2world", "--prompt", "A cube", "--upsampler", "chat", "--output", tmp_path / "a.mp4", *quick)
     made_by = read_metadata(tmp_path / "a.mp4")

@@ -45,11 +45,11 @@ def vocabulary():
     )
 
 
-def small_llama(size):
+def small_llama(size, width=32):
     return LlamaConfig(
         vocab_size=size,
-        hidden_size=32,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=width,
         num_hidden_layers=1,
         num_attention_heads=2,
         pad_token_id=1,
@@ -158,5 +158,15 @@ def test_misuse_is_refused(reader, tmp_path):
 
 def test_four_bit_needs_its_library(reader, monkeypatch):
     monkeypatch.setattr("cosmos_hf.pipelines.prompt_upsampler.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="four_bit=True needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(ValueError, match="four_bit needs bitsandbytes: pip install bitsandbytes"):
         CosmosPromptUpsampler.from_pretrained(str(reader), four_bit=True)
+
+
+def test_four_bit_weights(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = vocabulary()
+    LlamaForCausalLM(small_llama(len(tokenizer), width=128)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    upsampler = CosmosPromptUpsampler.from_pretrained(str(tmp_path), four_bit=True, cache_dir=None, max_new_tokens=8)
+    assert "Linear4bit" in {type(module).__name__ for module in upsampler.model.modules()}
+    assert upsampler("a cube").prompt

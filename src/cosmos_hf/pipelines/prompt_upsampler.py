@@ -104,7 +104,7 @@ class CosmosPromptUpsampler:
         loading = dict(dtype=dtype)
         if four_bit:
             if find_spec("bitsandbytes") is None:
-                raise ValueError("four_bit=True needs bitsandbytes: pip install bitsandbytes, or leave four_bit off")
+                raise ValueError("four_bit needs bitsandbytes: pip install bitsandbytes, or leave it off")
             loading["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
@@ -208,12 +208,12 @@ def upsample_argument(args: argparse.Namespace, image=None) -> ScriptPrompts:
     """The richer prompt in place of `--prompt`; `image` is looked at by a model that sees."""
     if not args.upsampler:
         return ScriptPrompts()
-    upsampler = _loaded(args.upsampler, args.device)
+    upsampler = _loaded(args.upsampler, args.device, args.upsampler_4bit)
     result = upsampler(args.prompt, image if upsampler.sees else None)
     prompts = dict(original=result.original, upsampled=result.prompt, upsampler=result.model)
     return ScriptPrompts(dict(prompt=result.prompt), dict(prompts=prompts))
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, device: str) -> CosmosPromptUpsampler:
-    return CosmosPromptUpsampler.from_pretrained(name, device=device)
+def _loaded(name: str, device: str, four_bit: bool) -> CosmosPromptUpsampler:
+    return CosmosPromptUpsampler.from_pretrained(name, device=device, four_bit=four_bit)

@@ -28,6 +28,7 @@ def recipe(path: str | Path) -> tuple[str, dict]:
     bundled = {folder: name for name, folder in MODELS.items()}
     if not Path(settings["model"]).exists() and Path(settings["model"]).name in bundled:
         settings["model"] = nano_path(bundled[Path(settings["model"]).name])
+    settings.pop("upsampler_4bit", None)
     if settings.pop("upsampler", None):
         settings["prompt"] = metadata["prompts"]["upsampled"]
     return script, settings

@@ -21,7 +21,7 @@ from .preview import fit_latent_preview
 
 # Arguments that say where and with what to run, not what to make.
 PLACES = ("output", "device", "batch", "preview")
-FIXED = ("model", "dtype", "device", "batch", "upsampler")  # the same for all items of a batch
+FIXED = ("model", "dtype", "device", "batch", "upsampler", "upsampler_4bit")  # the same for all items of a batch
 SAMPLING = ("solver", "grid", "guidance_interval", "guidance_rescale", "batch_guidance")
 CALL = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "fps", "guidance_scale")
 
@@ -47,6 +47,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str):
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--upsampler", help="folder or Hub id of a chat model that makes the prompt richer")
+    parser.add_argument(
+        "--upsampler_4bit", action="store_true", help="load it with 4 bit weights (needs bitsandbytes)"
+    )
     parser.add_argument("--preview", help="png that shows the video in small after every step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
