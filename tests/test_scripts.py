@@ -14,10 +14,7 @@ from safetensors.torch import load_file
 
 from cosmos_hf import CosmosVideoTokenizer, nano_path
 from cosmos_hf.convert.checkpoints import Checkpoint
-from cosmos_hf.data.real_media import MEDIA
 from cosmos_hf.data.video import VideoWriter, read_metadata, read_video, write_video
-from cosmos_hf.models.autoencoder_cosmos_image import PRESETS as IMAGE_PRESETS
-from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
 from torchscript_files import fixture, save_torchscript
 
 SCRIPTS = Path(__file__).parents[1] / "pipelines"
@@ -270,38 +267,6 @@ def test_both_prompts_are_in_the_metadata(tmp_path, monkeypatch):
     assert read_metadata(tmp_path / "b.mp4")["frames_sha256"] == made_by["frames_sha256"]
     run("reproduce", tmp_path / "a.mp4", "--output", tmp_path / "c.mp4")
     assert read_metadata(tmp_path / "c.mp4")["frames_sha256"] == made_by["frames_sha256"]
-
-
-def test_evaluate_tokenizer(tmp_path, capsys):
-    """The bundled tokenizer on a clip whose size it cannot take, and on pictures; everything about it in the file."""
-    clip = read_video(EXAMPLE).frames
-    write_video(tmp_path / "clips" / "a.mp4", clip[:, :, :90, :100].contiguous(), fps=5)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(clip[:, 0].permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / "a.png")
-    Image.fromarray(clip[:, 8].permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / "b.png")
-    output = tmp_path / "figures.json"
-    sets = [tmp_path / "clips", tmp_path / "pictures"]
-    run("evaluate_tokenizer", "--data", *sets, "--output", output, "--num_frames", 9, "--no_progress")
-    figures = json.loads(output.read_text())
-    assert set(figures) == {"made_by", "clips", "pictures"}
-    summary = figures["clips"]["summary"]
-    assert set(summary) == {"psnr", "ssim", "epd", "flicker"} and summary["psnr"]["mean"] > 18
-    assert figures["clips"]["alignment"] == {"0": 1} and figures["clips"]["frechet"]["efd"]["count"] == 9
-    assert figures["pictures"]["summary"]["psnr"]["count"] == 2 and figures["pictures"]["alignment"] == {}
-    assert "clips: " in capsys.readouterr().out
-
-
-@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="pip install scikit-image")
-def test_evaluate_image_tokenizer_on_real_footage(tmp_path, monkeypatch):
-    for name in set(MEDIA) - {"coffee"}:
-        monkeypatch.delitem(MEDIA, name)
-    tokenizer = CosmosImageTokenizer(**IMAGE_PRESETS["tiny"] | dict(quantizer="fsq", latent_channels=6))
-    tokenizer.save_pretrained(tmp_path / "model")
-    options = ("--height", 48, "--width", 64, "--num_frames", 3, "--num_clips", 1, "--no_perceptual", "--no_progress")
-    run("evaluate_tokenizer", "--model", tmp_path / "model", "--real", "--output", tmp_path / "out.json", *options)
-    figures = json.loads((tmp_path / "out.json").read_text())["real"]
-    assert [row["key"] for row in figures["clips"]] == ["coffee-000"]
-    assert 0 < figures["codes"]["code_usage"] <= 3 * 48 / 64000 and "frechet" not in figures
 
 
 def test_reconstruct_video_with_a_window_and_small_chunks(tmp_path, capsys):
