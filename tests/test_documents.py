@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SETUP = (ROOT / "setup.cfg").read_text()
 PAGES = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "training.md"})  # that one has a test of its own
+SHARED_OPTIONS = (ROOT / "src" / "cosmos_hf" / "pipelines" / "scripting.py").read_text()  # of several scripts
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 
 
@@ -29,7 +30,7 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(code, page.name, "exec"), names)
     for script, arguments in re.findall(r"python ((?:pipelines|training)/\w+\.py)(.*)", text):
-        source = (ROOT / script).read_text()
+        source = (ROOT / script).read_text() + SHARED_OPTIONS
         assert not [name for name in re.findall(r"--\w+", arguments) if f'"{name}"' not in source], script
 
 

@@ -334,7 +334,9 @@ def _write(writer: VideoWriter, chunk, room: int) -> torch.Tensor:
 
 def _checksum(model) -> str:
     """Of a model's config and of the beginning of each of its tensors: enough to tell another checkpoint, and cheap."""
-    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    # Private fields are about how the config was read; a list of defaults among them has another order in every process.
+    config = sorted((name, value) for name, value in model.config.items() if not name.startswith("_"))
+    digest = hashlib.sha256(repr(config).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         if not tensor.is_meta:  # sequential offload keeps the weights elsewhere
