@@ -310,10 +310,6 @@ class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, M
         """Indices [B, T', H', W'] of a discrete tokenizer -> video. Raises ValueError for a continuous one."""
         return self.decode(self._codes(indices), num_frames, chunk)
 
-    def forward(self, sample: torch.Tensor) -> TokenizerDecoderOutput:
-        """Reconstruct: decode(encode(sample))."""
-        return self.decode(self.encode(sample).latents)
-
     # ---- coding chunk by chunk -------------------------------------------------------------------------------------
 
     def _in_chunks(self, code, x: torch.Tensor, lengths: list[int]) -> list:

@@ -198,7 +198,3 @@ class CosmosImageTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, M
     def decode_indices(self, indices: torch.Tensor) -> TokenizerDecoderOutput:
         """Indices [B, H', W'] of a discrete tokenizer -> image. Raises ValueError for a continuous one."""
         return self.decode(self._codes(indices))
-
-    def forward(self, sample: torch.Tensor) -> TokenizerDecoderOutput:
-        """Reconstruct: decode(encode(sample))."""
-        return self.decode(self.encode(sample).latents)

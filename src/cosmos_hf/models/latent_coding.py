@@ -56,6 +56,19 @@ class LatentCodingMixin:
             )
         return name
 
+    def forward(self, sample: torch.Tensor, latent_noise: float = 0.0) -> TokenizerDecoderOutput:
+        """Reconstruct: decode(encode(sample)).
+
+        `latent_noise` is for training a decoder that forgives what a diffusion model makes: noise is added to the latents,
+        of a level that is drawn for each sample, uniform from 0 to this, in units of the latents' standard deviation.
+        """
+        latents = self.encode(sample).latents
+        if latent_noise:
+            level = latent_noise * torch.rand(len(latents), *[1] * (latents.ndim - 1), device=latents.device)
+            normal = self.normalize(latents)
+            latents = self.denormalize(normal + level.to(normal) * torch.randn_like(normal))
+        return self.decode(latents)
+
     # ---- quantisation ------------------------------------------------------------------------------------------
 
     def _quantize(self, z: torch.Tensor) -> TokenizerOutput:

@@ -26,9 +26,9 @@ def codes_images(model: nn.Module) -> bool:
     return "temporal_compression" not in getattr(model, "module", model).config
 
 
-def reconstruct(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
+def reconstruct(model: nn.Module, video: torch.Tensor, latent_noise: float = 0.0) -> torch.Tensor:
     """Video [B, 3, T, H, W] through a tokenizer and back; an image tokenizer takes its frames one by one."""
     if not codes_images(model):
-        return model(video).sample
-    frames = model(video.transpose(1, 2).flatten(0, 1)).sample  # [B T, 3, H, W]
+        return model(video, latent_noise).sample
+    frames = model(video.transpose(1, 2).flatten(0, 1), latent_noise).sample  # [B T, 3, H, W]
     return frames.unflatten(0, (video.shape[0], -1)).transpose(1, 2)

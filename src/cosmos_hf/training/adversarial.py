@@ -91,7 +91,7 @@ def fit_adversarial(
 
             # 1. The tokenizer, once the discriminator knows something
             if warm:
-                result = reconstruct(model, video)
+                result = reconstruct(model, video, config.latent_noise)
                 total, logs = loss.compare(result, video)
                 judge_network.requires_grad_(False)  # bare: DDP would wait for its gradients
                 fooling = -judge_network(result).mean()
@@ -111,7 +111,7 @@ def fit_adversarial(
                 result = result.detach()
             else:
                 with torch.no_grad():
-                    result = reconstruct(run.bare, video)
+                    result = reconstruct(run.bare, video, config.latent_noise)
 
             # 2. The discriminator, on the same clips
             real, fake = discriminator(torch.cat([video, result])).chunk(2)

@@ -113,10 +113,18 @@ class TokenizerConfig(RunConfig):
     freeze_encoder: bool = field(
         default=False, metadata={"help": "train the decoder only: the latents stay as they are"}
     )
+    latent_noise: float = field(
+        default=0.0, metadata={"help": "noise on the latents, up to so many of their standard deviations"}
+    )
     val_clips: int = field(default=16, metadata={"help": "clips of each validation set to measure on"})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.latent_noise < 0 or (self.latent_noise and not self.freeze_encoder):
+            raise ValueError(
+                f"latent_noise must be >= 0 and belongs to freeze_encoder, got {self.latent_noise}: an encoder that learns "
+                f"would only make its latents larger than the noise"
+            )
         if bool(self.crop_height) != bool(self.crop_width):
             raise ValueError("give crop_height and crop_width together")
         if not 0 <= self.image_share <= 1:

@@ -37,7 +37,7 @@ class ReconstructionLoss:
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
         video = self.draw(batch, only_images=codes_images(model))
-        loss, logs = self.compare(reconstruct(model, video), video)
+        loss, logs = self.compare(reconstruct(model, video, self.config.latent_noise), video)
         return loss, logs | self.code_figures()
 
     def draw(self, batch: dict, only_images: bool = False) -> torch.Tensor:

@@ -25,6 +25,8 @@ def build_model(config: TokenizerConfig) -> Tokenizer:
     else:
         model_class, presets = KINDS[_kind_of(config)]
         model = model_class(**presets[config.preset])
+    if config.latent_noise and model.fsq is not None:
+        raise ValueError("latent_noise is for continuous tokenizers: the codes of a discrete one are exact")
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.freeze_encoder:
