@@ -20,6 +20,7 @@ def denoise_latents(
     callback_tensors: tuple[str, ...] = ("latents",),
     sampling: Sampling | dict | None = None,
     padding_mask: torch.Tensor | None = None,
+    conditions: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] -> latents of the same shape, float32, sigma_data times normalised.
 
@@ -29,23 +30,30 @@ def denoise_latents(
 
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
     "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
+    `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
-    conditions = {} if padding_mask is None else {"padding_mask": padding_mask}
+    conditions = dict(conditions or {})
+    if padding_mask is not None:
+        conditions["padding_mask"] = padding_mask
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         size = noise.shape[-2:]
         indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
         conditions["condition_mask"] = condition_mask(indicator, *size)
 
-    def branch(hidden_states, c_noise, text, copies):
-        masks = {name: torch.cat([mask] * copies) if len(mask) > 1 else mask for name, mask in conditions.items()}
-        return transformer(hidden_states, c_noise, text, fps=fps, **masks).sample.float()
+    def branch(hidden_states, c_noise, text, kept):
+        given = {}
+        for name, value in conditions.items():
+            value = value if len(value) > 1 else value.expand(len(noise), *value.shape[1:])
+            dropped = name in sampling.drop_conditions
+            given[name] = torch.cat([value if keep or not dropped else torch.zeros_like(value) for keep in kept])
+        return transformer(hidden_states, c_noise, text, fps=fps, **given).sample.float()
 
     def network(hidden_states, c_noise):
         if negative_text is None:
-            return branch(hidden_states, c_noise, text, 1)
+            return branch(hidden_states, c_noise, text, (True,))
         return guided(branch, hidden_states, c_noise, text, negative_text, guidance_scale, sampling, generated)
 
     scheduler.set_timesteps(num_inference_steps, noise.device, sampling.solver, sampling.grid)
