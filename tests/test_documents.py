@@ -6,6 +6,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,10 @@ def write_clips(folder):
             frames[0, t, 10:30, 2 * t : 2 * t + 20] = 200
         write_video(folder / f"{i}.mp4", frames, 5, crf=12)
         (folder / f"{i}.txt").write_text(f"A red square moves over grey {i}.")
+        actions = np.full((12, 7), 0.1 * i)
+        actions[:, 6] = np.arange(12) % 2
+        camera = dict(intrinsics=[[50, 0, 32], [0, 50, 24], [0, 0, 1.0]], extrinsics=np.tile(np.eye(4), (13, 1, 1)))
+        np.savez(folder / f"{i}.npz", actions=actions, **camera)
 
 
 def run_command(words):
@@ -112,7 +117,7 @@ def run_command(words):
     if several:
         read_yaml(DiffusionConfig, arguments[arguments.index("--config") + 1])
         return
-    if words[script].startswith("training/train") or words[script].startswith("training/pretrain"):
+    if words[script].startswith(("training/train", "training/pretrain", "training/posttrain")):
         arguments += ["--max_steps", "2", "--log_every", "1", "--progress", "false"]
     runpy.run_path(words[script])["main"](arguments)
 

@@ -22,6 +22,17 @@ def read_conditions(pipe, run: dict, actions, camera) -> dict[str, torch.Tensor]
 
     Raises ValueError for a condition that the pipeline's model cannot use or lacks, and for one that does not fit the video.
     """
+    check_needed(pipe, run, actions, camera)
+    conditions = {}
+    if actions is not None:
+        conditions["actions"] = action_vectors(pipe, actions, run["num_frames"], run["fps"])
+    if camera is not None:
+        conditions["camera"] = camera_rays(pipe, camera, run["num_frames"], run["height"], run["width"])
+    return conditions
+
+
+def check_needed(pipe, run: dict, actions, camera):
+    """ValueError for a condition that the model of the pipeline cannot use, or that it lacks."""
     needed = pipe.transformer.conditions
     for name, given in (("actions", actions), ("camera", camera)):
         if given is not None and name not in needed:
@@ -33,12 +44,6 @@ def read_conditions(pipe, run: dict, actions, camera) -> dict[str, torch.Tensor]
             raise ValueError(
                 f"this pipeline's model needs {name}=: {_HOW[name]} of the video's {run['num_frames']} frames"
             )
-    conditions = {}
-    if actions is not None:
-        conditions["actions"] = action_vectors(pipe, actions, run["num_frames"], run["fps"])
-    if camera is not None:
-        conditions["camera"] = camera_rays(pipe, camera, run["num_frames"], run["height"], run["width"])
-    return conditions
 
 
 def spec_of(pipe) -> ActionSpec:

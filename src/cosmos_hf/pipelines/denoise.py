@@ -44,11 +44,7 @@ def denoise_latents(
         conditions["condition_mask"] = condition_mask(indicator, *size)
 
     def branch(hidden_states, c_noise, text, kept):
-        given = {}
-        for name, value in conditions.items():
-            value = value if len(value) > 1 else value.expand(len(noise), *value.shape[1:])
-            dropped = name in sampling.drop_conditions
-            given[name] = torch.cat([value if keep or not dropped else torch.zeros_like(value) for keep in kept])
+        given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
         return transformer(hidden_states, c_noise, text, fps=fps, **given).sample.float()
 
     def network(hidden_states, c_noise):
@@ -71,6 +67,16 @@ def denoise_latents(
                 latents, text, negative_text = list(known.values())[:3]
             bar.update()
     return _finite(latents)
+
+
+def _for_branches(conditions: dict, kept: tuple[bool, ...], batch: int, dropped: tuple[str, ...]) -> dict:
+    """The conditions of all branches that are evaluated at once, those in `dropped` zero where a branch does not keep all."""
+    given = {}
+    for name, value in conditions.items():
+        value = value.expand(batch, *value.shape[1:]) if len(kept) > 1 else value
+        parts = [value if keep or name not in dropped else torch.zeros_like(value) for keep in kept]
+        given[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return given
 
 
 def _finite(latents: torch.Tensor) -> torch.Tensor:

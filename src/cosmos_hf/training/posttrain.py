@@ -175,7 +175,7 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
 
 
 def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, changes: dict):
-    for name, value in changes.items():
+    for name in changes:
         if name != "action_form" and transformer.config[name] not in (None, 0):
             raise ValueError(f"the base has {name}={transformer.config[name]} already; post-train one without it")
     extend_conditions(transformer, **changes)
