@@ -56,7 +56,7 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
             self._check_new(adapter, name)
         source = str(source) if isinstance(source, Path) else source
         self._check_lora(self.lora_state_dict(source, **kwargs))
-        active = dict(zip(self.get_active_adapters(), [1.0] * 99, strict=False)) | self._weights
+        active = dict(self._weights)
         super().load_lora_weights(source, adapter_name=name, **kwargs)
         if adapter is not None:
             self._adapters[name] = (adapter, spec)

@@ -85,7 +85,8 @@ def rollout(
         output, num_frames: the mp4 to write, and its pixel frames, any number; the last chunk is cut.
         image, video, num_conditioning_frames: what to continue, as in the pipeline's call; neither starts from the prompt.
         prompt: a description, or a list of them, one per chunk, the last of which goes on.
-        overlap, history, history_noise, seed: see above; draws the noise of all chunks. Chunk 0 is what the pipeline makes of `torch.Generator().manual_seed(seed)`.
+        overlap, history, history_noise: see above.
+        seed: draws all noise; chunk 0 is what the pipeline makes of `torch.Generator().manual_seed(seed)`.
         truth: a true video whose first frame is the result's first, to measure the distance to, as long as it lasts.
         sampling, metadata: as in the pipeline's call; what goes into the mp4.
         keep_chunks: leave `<output>.chunks` there, so that a later call with more frames only adds to it.
@@ -96,8 +97,8 @@ def rollout(
     Raises ValueError for contradictions, among them chunks on disk that other arguments made.
     """
     plan = _Plan.of(pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, size)
-    source, steering = (image, video, num_conditioning_frames), (num_frames, actions, camera)
-    chunks = _Chunks(pipe, plan, seed, Sampling.of(sampling), source, steering)
+    given = (image, video, num_conditioning_frames), (num_frames, actions, camera)
+    chunks = _Chunks(pipe, plan, seed, Sampling.of(sampling), *given)
     store = _Store(Path(f"{output}.chunks"), chunks.fingerprint())
     world, true_frames = _World(pipe.vae, overlap, history), _frames_of(truth, plan.run)
     meter, part = DriftMeter(pipe.vae.config.temporal_compression), Path(f"{output}.part")
@@ -110,8 +111,7 @@ def rollout(
             fresh = _write(writer, frames, room=num_frames - meter.count)
             on_chunk(k, meter.add(fresh, _next_frames(true_frames, fresh.shape[1])))
     os.replace(part, output)
-    if not keep_chunks:
-        store.remove()
+    store.finish(keep_chunks)
     return RolloutResult(Path(output), num_frames, plan.run["fps"], meter.entries)
 
 
@@ -347,8 +347,9 @@ class _Store:
         tensors = {"latents": latents.float().cpu().contiguous()}
         _replace(self._path(k), lambda path: save_file(tensors, path))
 
-    def remove(self):
-        shutil.rmtree(self.folder)
+    def finish(self, keep: bool):
+        if not keep:
+            shutil.rmtree(self.folder)
 
 
 def _replace(path: Path, write: Callable[[Path], None]):
@@ -372,7 +373,8 @@ def _write(writer: VideoWriter, chunk, room: int) -> torch.Tensor:
 
 def _checksum(model) -> str:
     """Of a model's config and of the beginning of each of its tensors: enough to tell another checkpoint, and cheap."""
-    digest = hashlib.sha256(repr(sorted(model.config.items())).encode())
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no paths, no sets
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         if not tensor.is_meta:  # sequential offload keeps the weights elsewhere
