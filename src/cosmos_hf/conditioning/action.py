@@ -203,15 +203,26 @@ class ActionSpec:
             record = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        try:
+            return cls.of(record)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def of(cls, record: "ActionSpec | dict | None") -> "ActionSpec | None":
+        """A spec from its fields as `dataclasses.asdict` tells them. ValueError for unknown or missing ones."""
+        if record is None or isinstance(record, cls):
+            return record
         known = {field.name for field in fields(cls)}
         unknown = set(record) - known
         if unknown:
-            raise ValueError(f"{path} has unknown fields {sorted(unknown)}; known are {sorted(known)}")
+            raise ValueError(f"unknown fields {sorted(unknown)}; known are {sorted(known)}")
+        record = dict(record)
         gripper = record.pop("gripper", None)
         try:
             return cls(**record, gripper=Gripper(**gripper) if gripper else None)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def group_actions(actions: torch.Tensor, temporal_compression: int) -> torch.Tensor:

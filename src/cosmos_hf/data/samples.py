@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..conditioning.camera import crop_intrinsics, fit_intrinsics
-from .video import Clip, count_frames, read_video
+from .video import Clip, count_frames, read_video, source_size
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PER_FRAME = ("states", "object_positions", "car_states", "extrinsics", "masks", "depth")
@@ -85,6 +85,21 @@ class SampleReader:
         """The whole clip, resized but not cut."""
         return self._assemble(files, key, None, 0, None)
 
+    def read_arrays(self, files: dict[str, bytes | Path], key: str, names: tuple[str, ...]) -> dict:
+        """These arrays of a whole clip, as in a sample (`window_arrays` cuts them), without decoding its video.
+
+        Raises ValueError for one that the clip lacks.
+        """
+        video = self.video(files)
+        sample = self._arrays(files, self.text(files, key)[1], self.length(files)[0], _count(video, None)[1])
+        if missing := [name for name in names if name not in sample]:
+            there = ", ".join(sorted(sample)) or "none"
+            raise ValueError(f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}")
+        sample = {name: sample[name] for name in names}
+        if self.size is not None and "camera" in sample:
+            self._resize_geometry(sample, *source_size(video.path if isinstance(video, VideoSegment) else video))
+        return sample
+
     def length(self, files: dict[str, bytes | Path]) -> tuple[int, float]:
         """(frames of the clip at the wanted rate, that rate), without decoding. Views must agree."""
         found = {view: _count(file, self.fps) for view, file in self.videos(files).items()}
@@ -99,7 +114,7 @@ class SampleReader:
             sample["start"] = self.draw_start(sample["video"].shape[-3], rng)
             window = slice(sample["start"], sample["start"] + self.num_frames)
             sample["video"] = sample["video"][..., window, :, :]
-            _window_arrays(sample, window)
+            window_arrays(sample, window)
         return self.crop_sample(sample, rng)
 
     def draw_start(self, length: int, rng: np.random.Generator) -> int:
@@ -183,15 +198,8 @@ class SampleReader:
         if several:
             texts = record.get("view_captions") or {}
             sample |= {"views": list(clips), "view_captions": [texts.get(view, caption) for view in clips]}
-        if "npz" in files and self.fps is not None and abs(self.fps - own) > 0.01 * own:
-            raise ValueError(f"its arrays are given at {own:g} fps: fps={self.fps} would tear them from the frames")
-        arrays = _read_arrays(files["npz"], length, self._view_index(record)) if "npz" in files else {}
-        if ("intrinsics" in arrays) != ("extrinsics" in arrays):
-            raise ValueError("intrinsics and extrinsics of a camera go together, one is missing")
-        sample |= arrays
-        if "intrinsics" in sample:
-            sample["camera"] = {"intrinsics": sample.pop("intrinsics"), "extrinsics": sample.pop("extrinsics")}
-        _window_arrays(sample, slice(start, start + clip.frames.shape[1]))
+        sample |= self._arrays(files, record, length, own)
+        window_arrays(sample, slice(start, start + clip.frames.shape[1]))
         stored = tuple(clip.source["source_size"])
         for name in PICTURES:
             if name in sample and sample[name].shape[-2:] != stored:
@@ -199,6 +207,17 @@ class SampleReader:
         if self.size is not None:
             self._resize_geometry(sample, *stored)
         return sample
+
+    def _arrays(self, files, record: dict, length: int, own: float) -> dict:
+        """The arrays of a whole clip of `length` frames, stored at `own` frames per second."""
+        if "npz" in files and self.fps is not None and abs(self.fps - own) > 0.01 * own:
+            raise ValueError(f"its arrays are given at {own:g} fps: fps={self.fps} would tear them from the frames")
+        arrays = _read_arrays(files["npz"], length, self._view_index(record)) if "npz" in files else {}
+        if ("intrinsics" in arrays) != ("extrinsics" in arrays):
+            raise ValueError("intrinsics and extrinsics of a camera go together, one is missing")
+        if "intrinsics" in arrays:
+            arrays["camera"] = {"intrinsics": arrays.pop("intrinsics"), "extrinsics": arrays.pop("extrinsics")}
+        return arrays
 
     def _view_index(self, record: dict) -> int | list[int] | None:
         """Where the wanted views stand in arrays that have an axis of views; None where there is none."""
@@ -293,7 +312,7 @@ def _read_arrays(file: bytes | Path, length: int, views: int | list[int] | None)
     return arrays
 
 
-def _window_arrays(sample: dict, window: slice):
+def window_arrays(sample: dict, window: slice):
     """Cut every per-frame array to the frames of `window`."""
     lead = (slice(None),) if "views" in sample else ()
     for name in PER_FRAME:

@@ -6,7 +6,10 @@ embedding (actions), or as a time axis that holds several views. All are off in 
 Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width, D width.
 """
 
+import copy
 import inspect
+import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +198,30 @@ def check_shape(name: str, tensor: torch.Tensor, allowed: tuple):
 
 # ---- a base model with further conditions --------------------------------------------------------------------------
 
+ADDABLE = (
+    "camera_channels",
+    "condition_channels",
+    "condition_vocab_size",
+    "num_views",
+    "view_embed_dim",
+    "frame_repeat_embed",
+    "action_dim",
+    "action_form",
+)
+PARTS = ("condition_embed", "view_embed", "action_embed")
+
+
+def condition_parts(config, hidden_size: int) -> dict[str, nn.Module | None]:
+    """The modules that a config's conditions need, by their names in the transformer; None for those that it does not."""
+    parts = dict.fromkeys(PARTS)
+    if config.condition_vocab_size is not None:
+        parts["condition_embed"] = nn.Embedding(config.condition_vocab_size, config.condition_channels)
+    if config.view_embed_dim:
+        parts["view_embed"] = ViewEmbedding(config.num_views, config.view_embed_dim, config.frame_repeat_embed)
+    if config.action_dim is not None:
+        parts["action_embed"] = ActionEmbedding(config.action_dim, hidden_size, config.action_form)
+    return parts
+
 
 def add_conditions(base, **changes):
     """A model with the weights of `base` and the conditions that `changes` adds to its config; at first it computes the same.
@@ -206,36 +233,72 @@ def add_conditions(base, **changes):
 
     Raises ValueError for a change that is no condition, or that would take one away.
     """
-    fields = inspect.signature(type(base).__init__).parameters  # a config may hold more, from a folder of diffusers
-    old = {name: base.config[name] for name in fields if name != "self"}
-    allowed = ("camera_channels", "condition_channels", "condition_vocab_size", "num_views", "view_embed_dim")
-    allowed += ("frame_repeat_embed", "action_dim", "action_form")
+    model = copy.deepcopy(base)
+    extend_conditions(model, **changes)
+    return model
+
+
+def extend_conditions(model, **changes):
+    """`add_conditions` in place: the model's other weights stay the tensors that they are."""
     add_mask = changes.pop("condition_mask", False)
-    if unknown := sorted(changes.keys() - set(allowed)):
+    if unknown := sorted(changes.keys() - set(ADDABLE)):
         raise ValueError(
-            f"{', '.join(unknown)} cannot be added to a model; conditions are condition_mask, {', '.join(allowed)}"
+            f"{', '.join(unknown)} cannot be added to a model; conditions are condition_mask, {', '.join(ADDABLE)}"
         )
-    if add_mask and base.takes_condition_mask:
+    if add_mask and model.takes_condition_mask:
         raise ValueError("this model takes a condition_mask already")
-    new = {**old, **changes}
-    for name in changes:
-        if name != "action_form" and old[name] not in (None, 0, 1, False) and new[name] != old[name]:
-            raise ValueError(f"{name} is {old[name]} in this model and cannot become {new[name]}")
+    for name, value in changes.items():
+        old = model.config[name]
+        if name != "action_form" and old not in (None, 0, 1, False) and value != old:
+            raise ValueError(f"{name} is {old} in this model and cannot become {value}")
+    _change_conditions(model, changes, int(add_mask))
+
+
+def withdraw_conditions(model, **changes):
+    """Undo `extend_conditions` with these changes, in place: the new columns and modules go, all else stays as it is."""
+    fields = inspect.signature(type(model).__init__).parameters
+    _change_conditions(model, {name: fields[name].default for name in changes}, 0)
+
+
+def _change_conditions(model, values: dict, added_mask: int):
+    """Give the config's condition fields new values, and the first layer and the parts of conditions what follows."""
+    old, new = model.config, {**model.config, **values}
     added = sum(new[name] - old[name] for name in ("camera_channels", "condition_channels"))
-    new["in_channels"] = old["in_channels"] + added + bool(add_mask)
-    model = type(base)(**new)
-    weights = {key: value.clone() for key, value in base.state_dict().items()}
-    first = "patch_embed.proj.weight"
-    weights[first] = _spread_columns(weights[first], _channel_groups(base.config), _channel_groups(model.config))
-    missing, unexpected = model.load_state_dict(
-        weights, strict=False, assign=True
-    )  # assign: each tensor keeps its dtype
-    strange = [key for key in missing if key.split(".")[0] not in ("view_embed", "action_embed", "condition_embed")]
-    if strange or unexpected:
-        raise ValueError(f"the base does not fit: missing {strange}, unknown {unexpected}")
-    for name in {key.split(".")[0] for key in missing}:
-        getattr(model, name).to(weights[first].device, weights[first].dtype)
-    return model.train(base.training)
+    values = {**values, "in_channels": old["in_channels"] + added + added_mask}
+    check_condition_config(SimpleNamespace(**{**old, **values}))
+    before = _channel_groups(old)
+    model.register_to_config(**values)
+    first = model.patch_embed.proj
+    weight = _spread_columns(first.weight.detach(), before, _channel_groups(model.config))
+    proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    proj.weight = nn.Parameter(weight, requires_grad=first.weight.requires_grad)
+    model.patch_embed.proj = proj
+    for name, part in condition_parts(model.config, len(weight)).items():
+        present = getattr(model, name)
+        if (part is None) != (present is None):
+            setattr(model, name, part if part is None else _started(part).to(weight.device, weight.dtype))
+    model.train(model.training)
+
+
+@torch.no_grad()
+def _started(part: nn.Module) -> nn.Module:
+    """First weights as a new model has them."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    for module in part.modules():
+        if isinstance(module, _ActionMLP):
+            module.start_at_zero()
+    return part
+
+
+def channel_columns(config, patch_size: tuple[int, int, int]) -> dict[str, slice]:
+    """The first layer's columns by what they read."""
+    volume, start, columns = math.prod(patch_size), 0, {}
+    for name, count in _channel_groups(config).items():
+        columns[name] = slice(start, start + count * volume)
+        start += count * volume
+    return columns
 
 
 def _channel_groups(config) -> dict[str, int]:
@@ -252,7 +315,8 @@ def _channel_groups(config) -> dict[str, int]:
 
 
 def _spread_columns(weight: torch.Tensor, old: dict[str, int], new: dict[str, int]) -> torch.Tensor:
-    """The first layer's weight [D, channels * patch volume] with zero columns where `new` has channels that `old` lacks."""
+    """The first layer's weight [D, channels * patch volume] with zero columns where `new` has channels that `old` lacks, and
+    without the columns of channels that `new` lacks."""
     volume = weight.shape[1] // sum(old.values())
     parts = weight.split([count * volume for count in old.values()], dim=1)
     columns = [

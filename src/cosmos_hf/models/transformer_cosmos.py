@@ -17,11 +17,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .dit_conditions import (
-    ActionEmbedding,
-    ViewEmbedding,
     check_actions,
     check_condition_config,
     check_shape,
+    condition_parts,
     with_condition_channels,
 )
 from .dit_layers import (
@@ -157,11 +156,8 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         hidden_size = num_attention_heads * attention_head_dim
         patch_size = tuple(patch_size)
 
-        self.condition_embed = self.action_embed = self.view_embed = None
-        if condition_vocab_size is not None:
-            self.condition_embed = nn.Embedding(condition_vocab_size, condition_channels)
-        if view_embed_dim:
-            self.view_embed = ViewEmbedding(num_views, view_embed_dim, frame_repeat_embed)
+        for name, part in condition_parts(self.config, hidden_size).items():
+            setattr(self, name, part)
         self.patch_embed = PatchEmbedding(in_channels + concat_padding_mask + view_embed_dim, hidden_size, patch_size)
         self.rope = RotaryEmbedding3D(attention_head_dim, rope_scale)
         self.learnable_pos_embed = None
@@ -169,8 +165,6 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
             tables = tuple(size // patch for size, patch in zip(max_size, patch_size, strict=True))
             self.learnable_pos_embed = LearnablePositionEmbedding(hidden_size, tables)
         self.time_embed = TimeEmbedding(hidden_size)
-        if action_dim is not None:
-            self.action_embed = ActionEmbedding(action_dim, hidden_size, action_form)
         self.transformer_blocks = nn.ModuleList(
             CosmosBlock(hidden_size, num_attention_heads, text_embed_dim, mlp_ratio, adaln_lora_dim)
             for _ in range(num_layers)

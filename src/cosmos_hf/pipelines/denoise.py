@@ -20,6 +20,7 @@ def denoise_latents(
     callback_tensors: tuple[str, ...] = ("latents",),
     sampling: Sampling | dict | None = None,
     padding_mask: torch.Tensor | None = None,
+    conditions: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] -> latents of the same shape, float32, sigma_data times normalised.
 
@@ -29,23 +30,26 @@ def denoise_latents(
 
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
     "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
+    `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
-    conditions = {} if padding_mask is None else {"padding_mask": padding_mask}
+    conditions = dict(conditions or {})
+    if padding_mask is not None:
+        conditions["padding_mask"] = padding_mask
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         size = noise.shape[-2:]
         indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
         conditions["condition_mask"] = condition_mask(indicator, *size)
 
-    def branch(hidden_states, c_noise, text, copies):
-        masks = {name: torch.cat([mask] * copies) if len(mask) > 1 else mask for name, mask in conditions.items()}
-        return transformer(hidden_states, c_noise, text, fps=fps, **masks).sample.float()
+    def branch(hidden_states, c_noise, text, kept):
+        given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
+        return transformer(hidden_states, c_noise, text, fps=fps, **given).sample.float()
 
     def network(hidden_states, c_noise):
         if negative_text is None:
-            return branch(hidden_states, c_noise, text, 1)
+            return branch(hidden_states, c_noise, text, (True,))
         return guided(branch, hidden_states, c_noise, text, negative_text, guidance_scale, sampling, generated)
 
     scheduler.set_timesteps(num_inference_steps, noise.device, sampling.solver, sampling.grid)
@@ -63,6 +67,16 @@ def denoise_latents(
                 latents, text, negative_text = list(known.values())[:3]
             bar.update()
     return _finite(latents)
+
+
+def _for_branches(conditions: dict, kept: tuple[bool, ...], batch: int, dropped: tuple[str, ...]) -> dict:
+    """The conditions of all branches that are evaluated at once, those in `dropped` zero where a branch does not keep all."""
+    given = {}
+    for name, value in conditions.items():
+        value = value.expand(batch, *value.shape[1:]) if len(kept) > 1 else value
+        parts = [value if keep or name not in dropped else torch.zeros_like(value) for keep in kept]
+        given[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return given
 
 
 def _finite(latents: torch.Tensor) -> torch.Tensor:

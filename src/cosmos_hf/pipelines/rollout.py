@@ -13,6 +13,8 @@ What is given to a later chunk (`history`):
 
 For n = 1 both give the network the same. `history_noise` is the noise level at which it sees the history: above the usual 0.001 it
 leans less on details that an earlier chunk may have got wrong.
+
+Memory does not grow with the video, but for the keys and values of the decoder's temporal attention.
 """
 
 import hashlib
@@ -29,6 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..data.video import FILE_TYPES, VideoWriter, read_video, stream_video, to_uint8
+from .conditions import as_path, check_needed, read_conditions, spec_of, window_of_actions, window_of_camera
 from .drift import DriftMeter
 from .encode import check_text, draw_noise, encode_prompts, read_conditioning
 from .sampling import Sampling
@@ -69,46 +72,46 @@ def rollout(
     metadata: dict | None = None,
     keep_chunks: bool = False,
     on_chunk: Callable[[int, dict], None] = lambda k, entry: None,
+    actions=None,
+    camera=None,
     **size,
 ) -> RolloutResult:
-    """Generate a video of any length with a video-to-world pipeline, in memory that does not grow with it.
+    """Generate a video of any length with a video-to-world pipeline.
 
     Each chunk's latents are kept in `<output>.chunks` until the video is complete, which grows as `<output>.part`. A run that was
-    cut, called again with the same arguments, goes on from there and gives the same video. (Of the decoder's state, the
-    keys and values of its temporal attention grow.)
+    cut, called again with the same arguments, goes on from there and gives the same video.
 
     Args:
         output, num_frames: the mp4 to write, and its pixel frames, any number; the last chunk is cut.
         image, video, num_conditioning_frames: what to continue, as in the pipeline's call; neither starts from the prompt.
         prompt: a description, or a list of them, one per chunk, the last of which goes on.
         overlap, history, history_noise: see above.
-        seed: draws the noise of all chunks. Chunk 0 is what the pipeline makes of `torch.Generator().manual_seed(seed)`.
+        seed: draws all noise; chunk 0 is what the pipeline makes of `torch.Generator().manual_seed(seed)`.
         truth: a true video whose first frame is the result's first, to measure the distance to, as long as it lasts.
         sampling, metadata: as in the pipeline's call; what goes into the mp4.
         keep_chunks: leave `<output>.chunks` there, so that a later call with more frames only adds to it.
+        actions, camera: of the whole video, [num_frames - 1, A] and num_frames poses, for a model that takes them.
         on_chunk: called with every chunk's number and its entry of the drift curve.
         size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is the pipeline's own.
 
     Raises ValueError for contradictions, among them chunks on disk that other arguments made.
     """
     plan = _Plan.of(pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, size)
-    chunks = _Chunks(pipe, plan, seed, Sampling.of(sampling), (image, video, num_conditioning_frames))
+    given = (image, video, num_conditioning_frames), (num_frames, actions, camera)
+    chunks = _Chunks(pipe, plan, seed, Sampling.of(sampling), *given)
     store = _Store(Path(f"{output}.chunks"), chunks.fingerprint())
-    world = _World(pipe.vae, overlap, history)
-    true_frames = _frames_of(truth, plan.run)
+    world, true_frames = _World(pipe.vae, overlap, history), _frames_of(truth, plan.run)
     meter, part = DriftMeter(pipe.vae.config.temporal_compression), Path(f"{output}.part")
     with VideoWriter(part, plan.run["fps"], metadata) as writer:
         for k in range(plan.num_chunks):
-            latents = store.load(k)
-            if latents is None:
+            if (latents := store.load(k)) is None:
                 latents = chunks.make(k, None if k == 0 else world.given())
                 store.save(k, latents)
             frames = world.append(latents.to(pipe._execution_device), first=k == 0)
             fresh = _write(writer, frames, room=num_frames - meter.count)
             on_chunk(k, meter.add(fresh, _next_frames(true_frames, fresh.shape[1])))
     os.replace(part, output)
-    if not keep_chunks:
-        store.remove()
+    store.finish(keep_chunks)
     return RolloutResult(Path(output), num_frames, plan.run["fps"], meter.entries)
 
 
@@ -165,7 +168,7 @@ class _Plan:
 class _Chunks:
     """Makes chunk after chunk: text, noise and condition to latents as the tokenizer knows them."""
 
-    def __init__(self, pipe, plan: _Plan, seed: int, sampling: Sampling, source: tuple):
+    def __init__(self, pipe, plan: _Plan, seed: int, sampling: Sampling, source: tuple, steering: tuple):
         self.pipe, self.plan, self.seed, self.sampling = pipe, plan, seed, sampling
         image, video, count = source
         self.frames = None
@@ -178,6 +181,36 @@ class _Chunks:
             if len(self.frames) > 1:
                 raise ValueError(f"a rollout continues one image or video, got {len(self.frames)}")
         self._text = (None, None)  # prompt, its embeddings
+        self._actions, self._camera = self._steered(*steering)
+
+    def _steered(self, num_frames: int, actions, camera):
+        """(actions, camera) of the video of `num_frames` frames, checked; ValueError where the model cannot use or lacks one."""
+        pipe, run = self.pipe, self.plan.run
+        whole = run | {"num_frames": num_frames}
+        if actions is not None and "actions" in pipe.transformer.conditions:
+            actions = spec_of(pipe).check(actions, run["fps"])
+            if actions.shape != (num_frames - 1, spec_of(pipe).width):
+                raise ValueError(
+                    f"actions must be [{num_frames - 1}, {spec_of(pipe).width}] for {num_frames} frames, got "
+                    f"{tuple(actions.shape)}"
+                )
+        if camera is not None and "camera" in pipe.transformer.conditions:
+            camera = as_path(camera, run["height"], run["width"])
+            if len(camera) != num_frames:
+                raise ValueError(f"camera has {len(camera)} poses for {num_frames} frames")
+        check_needed(pipe, whole, actions, camera)
+        return actions, camera
+
+    def _conditions(self, k: int) -> dict:
+        """The network's other inputs for chunk k. Its first latent frame codes the last pixel frame of the one it repeats."""
+        pipe, run, plan = self.pipe, self.plan.run, self.plan
+        start = k * (plan.latent_frames - plan.overlap) * pipe.vae.config.temporal_compression
+        actions, camera = self._actions, self._camera
+        if actions is not None:
+            actions = window_of_actions(spec_of(pipe), actions, start, run["num_frames"] - 1)
+        if camera is not None:
+            camera = window_of_camera(camera, start, run["num_frames"])
+        return read_conditions(pipe, run, actions, camera)
 
     def fingerprint(self) -> dict:
         """All that the latents of the first k chunks depend on, JSON-able; the number of chunks is not among it."""
@@ -195,6 +228,10 @@ class _Chunks:
                     seed=self.seed,
                     sampling=vars(self.sampling),
                     given_frames=given,
+                    actions=None if self._actions is None else self._actions.tolist(),
+                    camera=None
+                    if self._camera is None
+                    else [self._camera.intrinsics.tolist(), self._camera.extrinsics.tolist()],
                     transformer=_checksum(self.pipe.transformer),
                     tokenizer=_checksum(self.pipe.vae),
                     scheduler=dict(self.pipe.scheduler.config),
@@ -225,6 +262,7 @@ class _Chunks:
             output_type="latent",
             return_dict=True,
             sampling=self.sampling,
+            conditions=self._conditions(k),
         )
         return pipe.vae.denormalize(result.frames / pipe.scheduler.config.sigma_data)
 
@@ -309,8 +347,9 @@ class _Store:
         tensors = {"latents": latents.float().cpu().contiguous()}
         _replace(self._path(k), lambda path: save_file(tensors, path))
 
-    def remove(self):
-        shutil.rmtree(self.folder)
+    def finish(self, keep: bool):
+        if not keep:
+            shutil.rmtree(self.folder)
 
 
 def _replace(path: Path, write: Callable[[Path], None]):

@@ -16,6 +16,8 @@ class Sampling:
             prompt's branch is evaluated, which halves the cost there. None is everywhere.
         guidance_rescale: 0 to 1, how far the guided output is brought back to the spread of the prompt's own
             (arXiv 2305.08891, section 3.4), against the glare of large scales.
+        drop_conditions: names of conditions ("actions", "camera") that the unconditional branch does not see, so that guidance
+            strengthens them, too; for models that were trained with a `condition_dropout`.
         batch_guidance: evaluate both branches in one batch: fewer, larger calls with twice the activations. Same result.
     """
 
@@ -24,6 +26,7 @@ class Sampling:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     batch_guidance: bool = False
+    drop_conditions: tuple[str, ...] = ()
 
     def __post_init__(self):
         interval = self.guidance_interval
@@ -31,6 +34,14 @@ class Sampling:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low < high, in sigma; got {interval}")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, got {self.guidance_rescale}")
+
+    def check_dropped(self, conditions, guided: bool):
+        """ValueError where a condition is to be dropped that the call does not have, or without guidance."""
+        if missing := [name for name in self.drop_conditions if name not in conditions]:
+            there = ", ".join(conditions) or "none"
+            raise ValueError(f"drop_conditions names {', '.join(missing)}; this call's conditions: {there}")
+        if self.drop_conditions and not guided:
+            raise ValueError("drop_conditions acts through guidance: give guidance_scale > 0")
 
     @classmethod
     def of(cls, options: "Sampling | dict | None") -> "Sampling":
@@ -45,7 +56,7 @@ class Sampling:
 
 
 def guided(
-    branch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor],
+    branch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[bool, ...]], torch.Tensor],
     hidden_states: torch.Tensor,
     c_noise: torch.Tensor,
     text: torch.Tensor,
@@ -57,21 +68,22 @@ def guided(
     """The network's output under guidance, [B, C, T, H, W] float32: cond + scale (cond - uncond).
 
     Args:
-        branch: (hidden_states, c_noise, text, copies) -> output; `copies` is 2 where the batch holds both branches.
+        branch: (hidden_states, c_noise, text, kept) -> output; `kept` has an entry for each part of the batch: whether it is
+            the branch with all conditions.
         generated: bool [B or 1, 1, T, 1, 1], the frames that are not given; the rescaling looks at these alone.
     """
     if sampling.guidance_interval is not None:
         low, high = sampling.guidance_interval
         sigma = (4 * c_noise.double()).exp()
         if not ((low <= sigma) & (sigma <= high)).all():
-            return branch(hidden_states, c_noise, text, 1)
+            return branch(hidden_states, c_noise, text, (True,))
     if sampling.batch_guidance:
         both = torch.cat([text, negative_text])
         noise = c_noise if c_noise.ndim == 0 else torch.cat([c_noise, c_noise])
-        with_text, without = branch(torch.cat([hidden_states, hidden_states]), noise, both, 2).chunk(2)
+        with_text, without = branch(torch.cat([hidden_states, hidden_states]), noise, both, (True, False)).chunk(2)
     else:
-        with_text = branch(hidden_states, c_noise, text, 1)
-        without = branch(hidden_states, c_noise, negative_text, 1)
+        with_text = branch(hidden_states, c_noise, text, (True,))
+        without = branch(hidden_states, c_noise, negative_text, (False,))
     output = with_text + scale * (with_text - without)
     if sampling.guidance_rescale:
         ratio = _spread(with_text, generated) / _spread(output, generated)

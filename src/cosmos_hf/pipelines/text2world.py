@@ -1,13 +1,18 @@
 """Text to world: a video from a description (arXiv 2501.03575, section 5.1)."""
 
+from dataclasses import asdict
+
 import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
 
+from ..conditioning.action import ActionSpec
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .adapters import ConditionAdaptersMixin
 from .buckets import bucket_size
+from .conditions import expand_conditions, read_conditions
 from .denoise import denoise_latents
 from .encode import check_size, check_text, draw_noise, encode_prompts
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
@@ -15,7 +20,7 @@ from .published_layout import translate_index
 from .sampling import Sampling
 
 
-class CosmosText2WorldPipeline(DiffusionPipeline):
+class CosmosText2WorldPipeline(ConditionAdaptersMixin, DiffusionPipeline):
     """Generates a video from a prompt.
 
     Args:
@@ -26,6 +31,7 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
         height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it says otherwise; what
             the model was trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
+        action_spec: what actions mean, of a transformer that takes them; an `ActionSpec` or its fields.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -45,8 +51,10 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
         num_inference_steps: int = 35,
         guidance_scale: float = 7.0,
         max_sequence_length: int = 512,
+        action_spec: ActionSpec | dict | None = None,
     ):
         super().__init__()
+        self.start_adapters()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )
@@ -58,6 +66,7 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
+            action_spec=None if action_spec is None else asdict(ActionSpec.of(action_spec)),
         )
         self.interrupt = False
 
@@ -91,6 +100,8 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         resolution: str | None = None,
         sampling: Sampling | dict | None = None,
+        actions=None,
+        camera=None,
     ) -> CosmosPipelineOutput | tuple:
         """Generate.
 
@@ -111,6 +122,9 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             resolution: an aspect ratio ("16:9", "4:3", "1:1", "3:4", "9:16") in place of height and width: the size of this
                 shape that the model was trained with, or of its usual number of pixels.
             sampling: solver, noise levels, details of guidance; see `cosmos_hf.pipelines.sampling.Sampling`.
+            actions: [num_frames - 1, A], for a model that takes them: action t leads from frame t to frame t + 1, in the units
+                of `action_spec`, which checks them. One for all videos, or [B, num_frames - 1, A] or a list.
+            camera: a `CameraPath` of num_frames poses, a dict with its "intrinsics" and "extrinsics", or a list of such.
 
         Raises ValueError for contradictions and sizes that the model cannot represent.
         """
@@ -120,7 +134,8 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
         check_callback(self, callback_on_step_end_tensor_inputs)
         if prompt is None and prompt_embeds is None:
             raise ValueError("give prompt or prompt_embeds")
-        items = count_prompts(prompt, prompt_embeds)
+        given = read_conditions(self, run, actions, camera)
+        items = max([count_prompts(prompt, prompt_embeds), *map(len, given.values())])
         return generate(
             self,
             run,
@@ -134,6 +149,7 @@ class CosmosText2WorldPipeline(DiffusionPipeline):
             output_type=output_type,
             return_dict=return_dict,
             sampling=sampling,
+            conditions=expand_conditions(given, items, num_videos_per_prompt),
         )
 
 
@@ -192,9 +208,11 @@ def generate(
     return_dict,
     sampling=None,
     letterbox=None,
+    conditions=None,
 ):
     """Text and noise to the pipeline's output; `condition(noise)` makes the `FrameCondition` of frames that are given.
 
+    `conditions`: what the network is given besides, [batch_size, ...] by the names of its arguments.
     `letterbox`: the `data.video.Box` of the picture within its padding, which the network is told and the output is rid of.
     """
     sampling = Sampling.of(sampling)
@@ -202,7 +220,12 @@ def generate(
     device = pipe._execution_device
     shape = latent_shape(pipe, batch_size, run)
     guided = run["guidance_scale"] > 0
-    text, negative_text = encode_prompts(pipe, *texts, batch_size, guided, device)
+    conditions = {name: value.to(device) for name, value in (conditions or {}).items()}
+    sampling.check_dropped(conditions, guided)
+    has_text = any(text is not None for text in texts)
+    text, negative_text = encode_prompts(pipe, *texts, batch_size, guided and has_text, device)
+    if guided and not has_text:
+        negative_text = text
     if latents is None:
         latents = draw_noise(shape, generator, device)
     elif latents.shape != shape:
@@ -221,6 +244,7 @@ def generate(
         callback_tensors=callback_tensors,
         sampling=sampling,
         padding_mask=None if letterbox is None else letterbox.padding_mask(run["height"], run["width"], device),
+        conditions=conditions,
     )
     frames = decode_latents(pipe.vae, result, pipe.scheduler.config.sigma_data, output_type, letterbox)
     pipe.maybe_free_model_hooks()

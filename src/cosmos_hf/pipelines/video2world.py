@@ -7,6 +7,7 @@ import torch
 from ..conditioning.frames import FrameCondition, condition_indicator
 from ..data.video import to_float
 from .buckets import bucket_size
+from .conditions import expand_conditions, read_conditions
 from .encode import check_text, content_box, read_conditioning, repeat_to_batch, source_sizes
 from .output import CosmosPipelineOutput
 from .sampling import Sampling
@@ -53,6 +54,8 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
         resolution: str | None = None,
         fit: str = "crop",
         sampling: Sampling | dict | None = None,
+        actions=None,
+        camera=None,
     ) -> CosmosPipelineOutput | tuple:
         """Generate; the result begins with the given frames, as the tokenizer reconstructs them.
 
@@ -70,11 +73,11 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
         The others are those of `CosmosText2WorldPipeline`. Raises ValueError for contradictions.
         """
         no_text = prompt is None and prompt_embeds is None
-        if no_text and guidance_scale:
-            raise ValueError(
-                "guidance needs a prompt: without one both branches are equal. Give prompt, or guidance_scale=0"
-            )
-        if no_text:
+        if no_text and not Sampling.of(sampling).drop_conditions:
+            if guidance_scale:
+                raise ValueError(
+                    "guidance needs a prompt: without one both branches are equal. Give prompt, or guidance_scale=0"
+                )
             guidance_scale = 0
         needs_size = resolution == "auto" or fit == "pad"
         sizes = source_sizes(image, video) if needs_size else []
@@ -93,8 +96,13 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
         if num_conditioning_frames is None:
             most = min(most, DEFAULT_CONDITIONING_FRAMES)
         size = run["height"], run["width"]
+        given = read_conditions(self, run, actions, camera)
+        if fit == "pad" and "camera" in given:
+            raise ValueError(
+                "fit='pad' moves the picture within the frame, which a camera cannot follow: use fit='crop'"
+            )
         frames = read_conditioning(image, video, num_conditioning_frames, most, factor, *size, run["fps"], fit)
-        items = max(count_prompts(prompt, prompt_embeds), len(frames))
+        items = max([count_prompts(prompt, prompt_embeds), len(frames), *map(len, given.values())])
         frames = repeat_to_batch(frames, items, num_videos_per_prompt)
         return generate(
             self,
@@ -110,6 +118,7 @@ class CosmosVideo2WorldPipeline(CosmosText2WorldPipeline):
             return_dict=return_dict,
             sampling=sampling,
             letterbox=content_box(sizes, *size) if fit == "pad" else None,
+            conditions=expand_conditions(given, items, num_videos_per_prompt),
         )
 
     def hold_frames(self, frames: torch.Tensor, noise: torch.Tensor) -> FrameCondition:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..data.clips import BROKEN, ClipDataset
-from ..data.samples import content_hash
+from ..data.samples import content_hash, window_arrays
 from ..data.video import to_float
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from .text import embed_tokens, tokenize
@@ -45,28 +45,45 @@ def model_hash(model: nn.Module) -> str:
 
 class LatentDataset(Dataset):
     """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), or the `indices` int64
-    [T', H', W'] of a discrete tokenizer; `fps`, `caption`, `key`.
+    [T', H', W'] of a discrete tokenizer; `fps`, `caption`, `key`; and the window of the clip's `arrays`.
 
     Args:
-        windows: per clip the files of its windows.
+        windows: per clip the files of its windows, and the pixel frames that each holds.
         captions, keys: per clip.
         random: draw among a clip's windows (by the sampler's draw), else its first.
+        arrays: per clip what a sample has besides (`actions`, `camera`), of the whole clip.
     """
 
-    def __init__(self, windows: list[list[Path]], captions: list[str], keys: list[str], random: bool = True):
+    def __init__(
+        self,
+        windows: list[dict[Path, slice]],
+        captions: list[str],
+        keys: list[str],
+        random: bool = True,
+        arrays: list[dict] | None = None,
+    ):
         self.windows, self.captions, self.keys, self.random = windows, captions, keys, random
+        self.arrays = arrays or [{}] * len(windows)
 
     def __len__(self) -> int:
         return len(self.windows)
 
+    def first(self, count: int) -> "LatentDataset":
+        """The first clips, each with its first window."""
+        parts = (self.windows, self.captions, self.keys)
+        return LatentDataset(*(part[:count] for part in parts), random=False, arrays=self.arrays[:count])
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         index, draw = index if isinstance(index, tuple) else (index, 0)
-        files = self.windows[index]
-        path = files[int(np.random.default_rng(draw).integers(len(files))) if self.random else 0]
+        windows = self.windows[index]
+        chosen = int(np.random.default_rng(draw).integers(len(windows))) if self.random else 0
+        path, window = list(windows.items())[chosen]
         with safe_open(path, "pt") as file:
             tensors, fps = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["fps"])  # noqa: SIM118
         coded = {n: t.float() if t.is_floating_point() else t.long() for n, t in tensors.items()}
-        return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]}
+        sample = dict(self.arrays[index])
+        window_arrays(sample, window)
+        return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]} | sample
 
 
 @torch.no_grad()
@@ -80,9 +97,11 @@ def cache_latents(
     progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    arrays: tuple[str, ...] = (),
 ) -> LatentDataset:
     """Code what is not yet on disk and return all of it. Windows that a clip is too short for are left out.
 
+    `arrays` are the names of what samples have besides; a clip without them is broken.
     `clips` must give whole clips (`num_frames=None`, `random=False`). Process `rank` of `world_size` codes its share;
     the caller lets all processes finish before training, for the result names the files of all.
     A clip that cannot be read or holds none of the windows is treated by the policy of `clips` for broken samples.
@@ -91,7 +110,7 @@ def cache_latents(
         raise ValueError("caching needs whole clips: ClipDataset(..., num_frames=None, random=False)")
     folder = Path(folder) / f"latents-{model_hash(tokenizer)}"
     folder.mkdir(parents=True, exist_ok=True)
-    windows, captions, keys = [], [], []
+    windows, captions, keys, beside = [], [], [], []
     for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
         files, key = clips.files(i), clips.key(i)
         try:
@@ -105,13 +124,15 @@ def cache_latents(
                 for start in missing:
                     _write_window(sample, start, num_frames, tokenizer, paths[start])
             caption = clips.reader.text(files, key)[0]
+            found = clips.reader.read_arrays(files, key, arrays) if arrays else {}
         except BROKEN as error:
             clips.broken.meet(key, error, len(clips))
             continue
-        windows.append(list(paths.values()))
+        windows.append({path: slice(start, start + num_frames) for start, path in paths.items()})
         captions.append(caption)
         keys.append(key)
-    return LatentDataset(windows, captions, keys, random)
+        beside.append(found)
+    return LatentDataset(windows, captions, keys, random, beside)
 
 
 def _video_hash(clips: ClipDataset, files: dict) -> str:

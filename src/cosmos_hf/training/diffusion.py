@@ -4,6 +4,7 @@ Latents come from `cache`, noise and weights from `CosmosEDMScheduler`, given fr
 joins them. Text is a small T5 encoder trained along, or the cached embeddings of a frozen one.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, to
 
 # Edges of the noise bands that the loss is logged by, in units of sigma_data: details, shapes, layout, next to nothing left.
 BANDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
+# What the transformer may be given of a batch besides text and frames, by the names of its arguments.
+CONDITIONS = ("actions", "camera")
 
 
 @dataclass
@@ -90,14 +93,16 @@ class WorldModel(nn.Module):
         parts = [part for part in (transformer, text_encoder) if part is not None]
         self._no_split_modules = [name for part in parts for name in part._no_split_modules or []]
 
-    def forward(self, hidden_states, timestep, text, keep, fps, condition_mask):
+    def forward(self, hidden_states, timestep, text, keep, fps, condition_mask, **conditions):
         """Raw output [B, C, T', H', W'] and log variance [B] (None without uncertainty).
 
         text: (ids [B, N], mask [B, N]) for the encoder, or embeddings [B, N, D]. keep [B]: 0 where a sample sees no text.
+        conditions: `actions` and `camera`, of a transformer that takes them.
         """
         embeds = text if self.text_encoder is None else embed_tokens(self.text_encoder, *text)
         embeds = embeds * keep[:, None, None].to(embeds.dtype)
-        output = self.transformer(hidden_states, timestep, embeds, fps=fps, condition_mask=condition_mask).sample
+        given = dict(fps=fps, condition_mask=condition_mask, **conditions)
+        output = self.transformer(hidden_states, timestep, embeds, **given).sample
         return output, None if self.uncertainty is None else self.uncertainty(timestep)
 
 
@@ -177,9 +182,12 @@ class Texts:
 
 
 def build_datasets(
-    config: DiffusionConfig, vae: CosmosVideoTokenizer, need_caption: bool = True
+    config: DiffusionConfig, vae: CosmosVideoTokenizer, need_caption: bool = True, arrays: tuple[str, ...] = ()
 ) -> tuple[LatentDataset, dict[str, LatentDataset]]:
-    """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips)."""
+    """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips).
+
+    `arrays` are the names of what samples have besides, such as `actions` and `camera`.
+    """
     if (config.num_frames - 1) % vae.config.temporal_compression:
         raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
     if vae.config.latents_mean is None and vae.config.quantizer is None:
@@ -197,15 +205,14 @@ def build_datasets(
             need_caption=need_caption,
             on_broken=config.on_broken,
         )
-        share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes)
+        share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes, arrays=arrays)
         return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
 
     train = cached(config.data, config.window_starts, True)
     validation = {}
     for path in config.val_data:
         whole = cached(path, config.window_starts[:1], False)
-        n = config.val_clips
-        validation[Path(path).name] = LatentDataset(whole.windows[:n], whole.captions[:n], whole.keys[:n], False)
+        validation[Path(path).name] = whole.first(config.val_clips)
     state.wait_for_everyone()
     return train, validation
 
@@ -251,12 +258,12 @@ class DiffusionLoss:
                 augment_noise=torch.randn_like(latents),
                 release=False,
             )
-        log_variance = None
+        log_variance, others = None, {name: batch[name] for name in CONDITIONS if name in batch}
 
         def network(hidden_states, c_noise):
             nonlocal log_variance
             c_noise = c_noise.reshape(-1).expand(size)
-            output, log_variance = model(hidden_states, c_noise, batch["text"], keep, batch["fps"], mask)
+            output, log_variance = model(hidden_states, c_noise, batch["text"], keep, batch["fps"], mask, **others)
             return output
 
         denoised = scheduler.denoise(network, noisy, sigma, condition)
@@ -301,10 +308,25 @@ def check_reload(model: WorldModel, again: WorldModel, text, num_frames: int = 2
     mask = x.new_zeros(1, 1, num_frames, side, side) if model.transformer.takes_condition_mask else None
     text = tuple(t.to(device) for t in text) if isinstance(text, tuple) else text.to(device)
     inputs = (x, x.new_zeros(1), text, x.new_ones(1), 24.0, mask)
+    others = wave_conditions(model.transformer, num_frames, side, device)
     training = model.training
-    a, b = (m.to(device).eval()(*inputs)[0] for m in (model, again))
+    a, b = (m.to(device).eval()(*inputs, **others)[0] for m in (model, again))
     model.train(training)
     if not torch.allclose(a.float(), b.float(), atol=1e-4):
         raise TrainingError(
             f"the saved model does not compute what the trained one does (off by {(a - b).abs().max():.3g})"
         )
+
+
+def wave_conditions(
+    transformer: CosmosWorldTransformer3D, num_frames: int, side: int, device
+) -> dict[str, torch.Tensor]:
+    """Some fixed actions and rays for latents [1, C, num_frames, side, side], as far as the transformer takes them."""
+    config, shapes = transformer.config, {}
+    if config.action_dim is not None:
+        shapes["actions"] = (1, num_frames if config.action_form == "intended" else 1, config.action_dim)
+    if config.camera_channels:
+        shapes["camera"] = (1, config.camera_channels, num_frames, side, side)
+    return {
+        name: torch.arange(math.prod(shape), device=device).float().cos().view(shape) for name, shape in shapes.items()
+    }

@@ -1,10 +1,12 @@
-"""The page on training: every block of it, python and bash, as a reader would run them one after the other."""
+"""The pages on training: every block of them, python and bash, as a reader would run them one after the other."""
 
 import re
 import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 from cosmos_hf.data.video import write_video
@@ -12,21 +14,22 @@ from cosmos_hf.training.config import read_yaml
 from cosmos_hf.training.diffusion import DiffusionConfig
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "training.md"
+PAGES = [ROOT / "docs" / "training.md", ROOT / "docs" / "posttraining.md"]
 
 
-def test_blocks_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run_in_order(page, tmp_path, monkeypatch):
     """As a reader would run them one after the other, on a few tiny clips and with few steps."""
     for name in ("training", "pipelines", "setup.cfg"):
         (tmp_path / name).symlink_to(ROOT / name)
     for split in ("train", "val_iid"):
         write_clips(tmp_path / "datasets" / "tabletop" / split)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE.read_text(), flags=re.S)
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), flags=re.S)
     assert blocks
     for language, code in blocks:
         if language == "python":
-            exec(compile(code, PAGE.name, "exec"), {})
+            exec(compile(code, page.name, "exec"), {})
         else:
             for line in code.strip().splitlines():
                 run_command(shlex.split(line))
@@ -39,6 +42,10 @@ def write_clips(folder):
             frames[0, t, 10:30, 2 * t : 2 * t + 20] = 200
         write_video(folder / f"{i}.mp4", frames, 5, crf=12)
         (folder / f"{i}.txt").write_text(f"A red square moves over grey {i}.")
+        actions = np.full((12, 7), 0.1 * i)
+        actions[:, 6] = np.arange(12) % 2
+        camera = dict(intrinsics=[[50, 0, 32], [0, 50, 24], [0, 0, 1.0]], extrinsics=np.tile(np.eye(4), (13, 1, 1)))
+        np.savez(folder / f"{i}.npz", actions=actions, **camera)
 
 
 def run_command(words):
@@ -54,6 +61,6 @@ def run_command(words):
     if several:
         read_yaml(DiffusionConfig, arguments[arguments.index("--config") + 1])
         return
-    if words[script].startswith("training/train") or words[script].startswith("training/pretrain"):
+    if words[script].startswith(("training/train", "training/pretrain", "training/posttrain")):
         arguments += ["--max_steps", "2", "--log_every", "1", "--progress", "false"]
     runpy.run_path(words[script])["main"](arguments)

@@ -1,0 +1,193 @@
+"""LoRA adapters of the pipelines, also such as bring new conditions along (`models.condition_adapters`).
+
+The calls are diffusers': `load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights` and so on. What is added here:
+the transformer is extended by the conditions of the adapters that are active, and by no others, so that the pipeline asks
+for exactly the inputs that it then uses.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_pipeline import CosmosLoraLoaderMixin
+from diffusers.utils import get_adapter_name
+from torch import nn
+
+from ..conditioning.action import FILE_NAME, ActionSpec
+from ..models.condition_adapters import RECORD, WEIGHTS, ConditionAdapter, has_condition
+
+FILES = (LORA_WEIGHT_NAME_SAFE, RECORD, WEIGHTS, FILE_NAME)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+
+class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
+    """For pipelines whose `transformer` is a `CosmosWorldTransformer3D`. `start_adapters` belongs into the constructor."""
+
+    def start_adapters(self):
+        self._adapters: dict[str, tuple[ConditionAdapter, ActionSpec | None]] = {}  # those with conditions, by name
+        self._weights: dict[str, float] = {}  # of the active ones
+        self._fused: dict[str, float] = {}
+        self._present: list[str] = []  # whose conditions the transformer has now
+        self._enabled = True
+
+    @property
+    def action_spec(self) -> ActionSpec | None:
+        """What actions mean to the model: of the adapter that brought them, else the pipeline's own."""
+        specs = [self._adapters[name][1] for name in self._present if self._adapters[name][1] is not None]
+        return specs[0] if specs else ActionSpec.of(self.config.action_spec)
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
+        """Load an adapter and make it active beside those that are: a folder that `training/posttrain.py` wrote, such a
+        repository of the Hub, or a plain LoRA file or state dict.
+
+        Raises ValueError for another kind of base, a condition that the model or an adapter already has, a name in use, and
+        weights for layers that the transformer does not have.
+        """
+        name = adapter_name or get_adapter_name(self.transformer)
+        if name in getattr(self.transformer, "peft_config", {}):
+            raise ValueError(
+                f"an adapter {name!r} is loaded already: choose another adapter_name, or delete_adapters first"
+            )
+        source = _local(pretrained_model_name_or_path_or_dict, kwargs)
+        adapter = spec = None
+        if isinstance(source, Path) and source.is_dir() and (source / RECORD).exists():
+            adapter = ConditionAdapter.load(source)
+            spec = ActionSpec.load(source) if "action_dim" in adapter.changes else None
+            self._check_new(adapter, name)
+        source = str(source) if isinstance(source, Path) else source
+        self._check_lora(self.lora_state_dict(source, **kwargs))
+        active = dict(self._weights)
+        super().load_lora_weights(source, adapter_name=name, **kwargs)
+        if adapter is not None:
+            self._adapters[name] = (adapter, spec)
+        try:
+            self.set_adapters([*active, name], [*active.values(), 1.0])
+        except ValueError:
+            self.delete_adapters(name)
+            raise
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None):
+        """Which adapters act, and how strongly; the conditions of the others leave the transformer until they are set again."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        known = list(getattr(self.transformer, "peft_config", {}))
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(f"no adapter {', '.join(missing)} is loaded; there is {', '.join(known) or 'none'}")
+        for name, weight in zip(names, weights, strict=True):
+            if name in self._adapters and isinstance(weight, dict):
+                raise ValueError(f"the adapter {name!r} brings conditions along and takes one number for a weight")
+        super().set_adapters(names, adapter_weights)
+        self._weights = {n: 1.0 if w is None else w for n, w in zip(names, weights, strict=True)}
+        self._update_conditions()
+
+    def fuse_lora(self, components=("transformer",), lora_scale: float = 1.0, adapter_names=None, **kwargs):
+        """Merge adapters into the weights; their conditions stay, also when the adapters are unloaded afterwards."""
+        super().fuse_lora(list(components), lora_scale=lora_scale, adapter_names=adapter_names, **kwargs)
+        names = adapter_names or list(self._weights)
+        self._fused |= {n: lora_scale * self._weights.get(n, 1.0) for n in names if n in self._adapters}
+        self._update_conditions()
+
+    def unfuse_lora(self, components=("transformer",), **kwargs):
+        super().unfuse_lora(list(components), **kwargs)
+        self._fused = {}
+        self._update_conditions()
+
+    def disable_lora(self):
+        super().disable_lora()
+        self._enabled = False
+        self._update_conditions()
+
+    def enable_lora(self):
+        super().enable_lora()
+        self._enabled = True
+        self._update_conditions()
+
+    def delete_adapters(self, adapter_names: list[str] | str):
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._weights = {n: w for n, w in self._weights.items() if n not in names}
+        self._fused = {n: w for n, w in self._fused.items() if n not in names}
+        self._update_conditions()
+        super().delete_adapters(names)
+        for name in names:
+            self._adapters.pop(name, None)
+
+    def unload_lora_weights(self):
+        """Back to the base: without all adapters, but with those that were fused, which now are the pipeline's own."""
+        spec, self._weights = self.action_spec, {}
+        self._update_conditions()
+        if any(self._adapters[name][1] for name in self._fused):
+            self.register_to_config(action_spec=asdict(spec))
+        super().unload_lora_weights()
+        self._merged_adapters = set()
+        self.start_adapters()
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save the whole pipeline. Raises ValueError while adapters are loaded, whose layers would be taken for the base's."""
+        if names := list(getattr(self.transformer, "peft_config", None) or {}):
+            raise ValueError(
+                f"the adapters {', '.join(names)} are loaded: call fuse_lora() and unload_lora_weights() to save a pipeline "
+                "with them, or unload_lora_weights() alone for one without"
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+    # ---- the transformer's conditions --------------------------------------------------------------------------------
+
+    def _update_conditions(self):
+        """Give the transformer the conditions of the fused adapters and of the active ones, at their weights."""
+        wanted = {n: w for n, w in self._weights.items() if n in self._adapters} if self._enabled else {}
+        wanted |= self._fused
+        for name in reversed(self._present):
+            self._adapters[name][0].remove_from(self.transformer)
+        self._present = []
+        for name, weight in wanted.items():
+            self._adapters[name][0].add_to(self.transformer, weight)
+            self._present.append(name)
+
+    def _check_new(self, adapter: ConditionAdapter, name: str):
+        if any(parameter.is_meta for parameter in self.transformer.parameters()):
+            raise ValueError(
+                "load adapters before enable_sequential_cpu_offload: the transformer's weights are elsewhere now"
+            )
+        adapter.check_base(self.transformer)
+        for field in adapter.changes:
+            owners = [other for other, (known, _) in self._adapters.items() if field in known.changes]
+            if field != "action_form" and owners:
+                raise ValueError(
+                    f"the adapters {owners[0]!r} and {name!r} both bring {field}: only one can be loaded at a time; call "
+                    f"delete_adapters({owners[0]!r}) first"
+                )
+            if field != "action_form" and has_condition(self.transformer, field):
+                raise ValueError(f"the adapter {name!r} brings {field}, which this pipeline's transformer has already")
+
+    def _check_lora(self, state: dict):
+        unknown = []
+        for key in state:
+            path, _, _ = key.removeprefix("transformer.").partition(".lora_")
+            try:
+                known = isinstance(self.transformer.get_submodule(path), nn.Module)
+            except AttributeError:
+                known = False
+            if not known or not key.startswith("transformer."):
+                unknown.append(key)
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of the adapter's {len(state)} weights are for layers that this transformer does not have, such "
+                f"as {unknown[0]}: it was trained on another base"
+            )
+
+
+def _local(source, kwargs: dict):
+    """A folder or file on this disk, where `source` is or names one; a state dict as it is."""
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        given = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        within = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
+        patterns = [within + name for name in (*FILES, kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE)]
+        path = Path(snapshot_download(str(source), allow_patterns=patterns, **given))
+    if kwargs.get("subfolder"):
+        path = path / kwargs.pop("subfolder")
+    return path

@@ -1,0 +1,135 @@
+"""Actions and cameras of a call, from what a user has to what the network takes.
+
+Axes: B videos, T pixel frames, T' latent frames, A width of an action, H' and W' latent height and width.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..conditioning.action import ActionSpec, group_actions
+from ..conditioning.camera import CameraPath, plucker_rays
+
+_HOW = {
+    "actions": "the actions that lead from frame to frame",
+    "camera": "a CameraPath, or a dict with intrinsics and extrinsics",
+}
+
+
+def read_conditions(pipe, run: dict, actions, camera) -> dict[str, torch.Tensor]:
+    """What the network is given besides text and frames, by the names of its arguments; each [items, ...].
+
+    Raises ValueError for a condition that the pipeline's model cannot use or lacks, and for one that does not fit the video.
+    """
+    check_needed(pipe, run, actions, camera)
+    conditions = {}
+    if actions is not None:
+        conditions["actions"] = action_vectors(pipe, actions, run["num_frames"], run["fps"])
+    if camera is not None:
+        conditions["camera"] = camera_rays(pipe, camera, run["num_frames"], run["height"], run["width"])
+    return conditions
+
+
+def check_needed(pipe, run: dict, actions, camera):
+    """ValueError for a condition that the model of the pipeline cannot use, or that it lacks."""
+    needed = pipe.transformer.conditions
+    for name, given in (("actions", actions), ("camera", camera)):
+        if given is not None and name not in needed:
+            raise ValueError(
+                f"this pipeline's model takes no {name}: load an adapter that was post-trained with it (load_lora_weights), or "
+                f"make it active (set_adapters)"
+            )
+        if given is None and name in needed:
+            raise ValueError(
+                f"this pipeline's model needs {name}=: {_HOW[name]} of the video's {run['num_frames']} frames"
+            )
+
+
+def spec_of(pipe) -> ActionSpec:
+    if pipe.action_spec is None:
+        raise ValueError(
+            "nobody has said what this model's actions mean: make the pipeline with action_spec=ActionSpec(...) "
+            "(cosmos_hf.conditioning.action)"
+        )
+    return pipe.action_spec
+
+
+def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
+    """[T - 1, A], [B, T - 1, A] or a list of [T - 1, A], in the units of the `ActionSpec` -> [B, T' or 1, action_dim]."""
+    spec, config = spec_of(pipe), pipe.transformer.config
+    if isinstance(actions, (list, tuple)) and np.ndim(actions[0]) == 2:
+        actions = np.stack([np.asarray(item, dtype=np.float32) for item in actions])
+    actions = spec.normalise(
+        np.asarray(actions, dtype=np.float32) if not torch.is_tensor(actions) else actions.cpu(), fps
+    )
+    actions = actions[None] if actions.ndim == 2 else actions
+    if actions.ndim != 3 or actions.shape[1] != num_frames - 1:
+        raise ValueError(
+            f"actions must be [{num_frames - 1}, {spec.width}] for {num_frames} frames, or one such per video, got "
+            f"{tuple(actions.shape[-2:] if len(actions) == 1 else actions.shape)}"
+        )
+    vectors = group_actions(actions, pipe.vae.config.temporal_compression)
+    if config.action_dim != vectors.shape[-1]:
+        raise ValueError(
+            f"the transformer takes {config.action_dim} numbers (action_dim), {pipe.vae.config.temporal_compression} actions of "
+            f"{spec.width} numbers lead to each latent frame: the action_spec is another model's"
+        )
+    return vectors[:, 1:2] if config.action_form == "as_written" else vectors
+
+
+def camera_rays(pipe, camera, num_frames: int, height: int, width: int) -> torch.Tensor:
+    """A camera, or a list of them -> Plücker rays [B, 6, T', H', W'], relative to the first frame's camera."""
+    compression = pipe.vae.config.spatial_compression, pipe.vae.config.temporal_compression
+    rays = []
+    for path in camera if isinstance(camera, (list, tuple)) else [camera]:
+        path = as_path(path, height, width)
+        if len(path) != num_frames:
+            raise ValueError(f"camera has {len(path)} poses for {num_frames} frames")
+        path = path.fit(height, width)
+        rays.append(plucker_rays(path.intrinsics, path.extrinsics, height, width, *compression))
+    return torch.stack(rays)
+
+
+def as_path(camera, height: int, width: int) -> CameraPath:
+    """A `CameraPath` as it is, or one from a dict whose "height" and "width", of its pictures, default to the video's."""
+    if isinstance(camera, CameraPath):
+        return camera
+    if not isinstance(camera, dict) or not {"intrinsics", "extrinsics"} <= camera.keys():
+        raise ValueError("camera must be a CameraPath or a dict with intrinsics and extrinsics (and height and width)")
+    if unknown := sorted(camera.keys() - {"intrinsics", "extrinsics", "height", "width"}):
+        raise ValueError(f"camera has unknown entries {', '.join(unknown)}")
+    return CameraPath(**{"height": height, "width": width, **camera})
+
+
+def expand_conditions(conditions: dict[str, torch.Tensor], items: int, num_videos_per_prompt: int) -> dict:
+    """Of one item or of every one -> one per generated video."""
+    expanded = {}
+    for name, value in conditions.items():
+        if len(value) not in (1, items):
+            raise ValueError(f"{name} of {len(value)} videos for {items}: give one, or one per video")
+        shape = (items, *[-1] * (value.ndim - 1))
+        expanded[name] = value.expand(shape).repeat_interleave(num_videos_per_prompt, dim=0)
+    return expanded
+
+
+# ---- windows of a long video -------------------------------------------------------------------------------------------
+
+
+def window_of_actions(spec: ActionSpec, actions, start: int, count: int) -> torch.Tensor:
+    """`count` actions from `start` on. Past their end nothing moves: a gripper and absolute targets stay, deltas are zero."""
+    actions = torch.as_tensor(actions).float()
+    missing = start + count - len(actions)
+    if missing > 0:
+        rest = actions[-1:].clone()
+        if spec.kind == "delta":
+            held = [spec.gripper is not None and name == spec.gripper.name for name in spec.names]
+            rest = torch.where(torch.tensor(held), rest, torch.zeros_like(rest))
+        actions = torch.cat([actions, rest.expand(missing, -1)])
+    return actions[start : start + count]
+
+
+def window_of_camera(path: CameraPath, start: int, num_frames: int) -> CameraPath:
+    """`num_frames` poses from `start` on. Past the path's end the camera stands still."""
+    index = torch.arange(start, start + num_frames).clamp(max=len(path) - 1)
+    return replace(path, intrinsics=path.intrinsics[index], extrinsics=path.extrinsics[index], names=())

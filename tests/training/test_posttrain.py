@@ -1,0 +1,402 @@
+"""Post-training of a tiny pipeline on clips with actions and cameras, and its adapters in the pipelines."""
+
+import json
+import logging
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cosmos_hf.conditioning.action import BRIDGE, ActionSpec
+from cosmos_hf.conditioning.camera import CameraPath
+from cosmos_hf.data.video import write_video
+from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.models.condition_adapters import GrownLinear
+from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
+from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.diffusion import Texts, build_datasets
+from cosmos_hf.training.loop import TrainingError, fit
+from cosmos_hf.training.posttrain import (
+    ConditionBatches,
+    ConditionedLoss,
+    PosttrainConfig,
+    build_model,
+    check_step_zero,
+    export_adapter,
+    find_action_spec,
+    validate_conditions,
+)
+from tiny_pipelines import SETTINGS, components
+
+SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"
+PROMPT = "a robot arm picks up the red cube"
+INTRINSICS = np.array([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six clips of 13 frames of 32x48 at 5 Hz, each with its own constant motion to the right and a camera that follows it."""
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for i in range(6):
+        frames = torch.full((3, 13, 32, 48), 60, dtype=torch.uint8)
+        for t in range(13):
+            frames[0, t, 8:24, (i - 2) * t + 18 : (i - 2) * t + 28] = 220
+        write_video(folder / f"{i}.mp4", frames, 5, crf=10)
+        (folder / f"{i}.txt").write_text(["a robot arm", "the red cube"][i % 2])
+        actions = np.zeros((12, 7))
+        actions[:, 0], actions[:, 6] = (i - 2) / 4, rng.uniform(size=12)
+        extrinsics = np.tile(np.eye(4), (13, 1, 1))
+        extrinsics[:, 0, 3] = (i - 2) * np.arange(13) / 8
+        np.savez(folder / f"{i}.npz", actions=actions, extrinsics=extrinsics, intrinsics=INTRINSICS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def make(base, data, cache, tmp_path):
+    def settings(*conditions, **more):
+        known = dict(data=[str(data)], init_from=str(base), output_dir=str(tmp_path / "run"), cache_dir=cache)
+        known |= dict(conditions=list(conditions), action_spec="bridge", lora_rank=4, window_starts=[0, 4])
+        known |= dict(batch_size=3, max_steps=4, warmup_steps=1, learning_rate=5e-3, log_every=1, progress=False)
+        return PosttrainConfig(**(known | dict(max_condition_frames=1) | more))
+
+    return settings
+
+
+def assemble(config):
+    torch.manual_seed(0)
+    vae = CosmosVideoTokenizer.from_pretrained(config.vae)
+    dataset, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
+    captions = [caption for part in validation.values() for caption in part.captions]
+    batches = ConditionBatches(
+        config, Texts(config, dataset.captions, captions), vae, find_action_spec(config, dataset)
+    )
+    model = build_model(config, batches.action_dim)
+    scheduler = CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler")
+    loss = ConditionedLoss(config, scheduler, model.transformer.takes_condition_mask)
+    return model, loss, dataset, batches, validation
+
+
+def adapter_of(config, folder):
+    """An adapter whose parts are all in use."""
+    model, _, _, batches, _ = assemble(config)
+    for parameter in model.transformer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    export_adapter(model, folder, config, batches)
+    return model.transformer.eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(base, data, cache, tmp_path_factory):
+    """A folder of one adapter for each condition."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name in ("action", "camera", "instruction"):
+        known = dict(data=[str(data)], init_from=str(base), output_dir=str(root / "run"), cache_dir=cache)
+        config = PosttrainConfig(**known, conditions=[name], action_spec="bridge", lora_rank=4, progress=False)
+        adapter_of(config, root / name)
+    return root
+
+
+@pytest.fixture
+def pipe(base):
+    pipe = CosmosVideo2WorldPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def path_of(speed, frames=9):
+    extrinsics = np.tile(np.eye(4), (frames, 1, 1))
+    extrinsics[:, 0, 3] = speed * np.arange(frames)
+    return CameraPath(INTRINSICS, extrinsics, 32, 48)
+
+
+def plan_of(speed, steps=8):
+    actions = np.zeros((steps, 7), dtype=np.float32)
+    actions[:, 0], actions[:, 6] = speed, 0.5
+    return actions
+
+
+def generate(pipe, **more):
+    settings = dict(
+        image=torch.zeros(3, 1, 32, 48, dtype=torch.uint8), prompt=PROMPT, output_type="latent", guidance_scale=0
+    )
+    return pipe(**settings | dict(generator=torch.Generator().manual_seed(0)) | more).frames
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_has_its_window_of_actions_and_cameras(make, data):
+    _, _, dataset, batches, _ = assemble(make("action", "camera"))
+    stored, starts = np.load(data / "3.npz"), set()
+    for draw in range(8):
+        sample = dataset[3, draw]
+        start = (
+            int(np.argmax([np.allclose(stored["actions"][s : s + 8, 6], sample["actions"][:, 6]) for s in (0, 4)])) * 4
+        )
+        starts.add(start)
+        np.testing.assert_allclose(sample["actions"], stored["actions"][start : start + 8], rtol=1e-6)
+        np.testing.assert_allclose(sample["camera"]["extrinsics"], stored["extrinsics"][start : start + 9], rtol=1e-6)
+    assert starts == {0, 4}
+    batch = batches.collate([dataset[i, 0] for i in range(3)])
+    assert batch["actions"].shape == (3, 3, 28) and batch["camera"].shape == (3, 6, 3, 4, 6)
+    assert batch["actions"][:, 0].abs().max() == 0 and batch["actions"][:, 1:].abs().max() > 0.1
+    assert batch["camera"][:, :3, 0].abs().max() == 0  # the first camera stands in the origin
+
+
+def test_clips_without_the_arrays_are_refused(make, tmp_path):
+    write_video(tmp_path / "bare" / "a.mp4", torch.zeros(3, 13, 32, 48, dtype=torch.uint8), 5)
+    with pytest.raises(ValueError, match=r"the clip has no actions; its arrays .*: none"):
+        assemble(make("action", data=[str(tmp_path / "bare")]))
+
+
+def test_captions_are_needed_for_instructions_only(make, data, tmp_path):
+    for name in ("0.mp4", "0.npz", "1.mp4", "1.npz"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    _, loss, dataset, batches, _ = assemble(make("camera", data=[str(tmp_path)]))
+    assert batches.collate([dataset[0]])["text"].abs().max() == 0
+    with pytest.raises(ValueError, match="no caption: 0.txt"):
+        assemble(make("instruction", data=[str(tmp_path)]))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def test_step_zero_is_the_base_and_coverage_is_told(make, base, caplog):
+    with caplog.at_level(logging.INFO):
+        model = build_model(make("action", "camera"), 28)
+    assert "LoRA of rank 4 in 2/2 blocks" in caplog.text and "step 0 is the base" in caplog.text
+    trained = {name.split(".lora_")[0] for name, p in model.transformer.named_parameters() if p.requires_grad}
+    assert {"patch_embed.proj.added", "action_embed.offsets.linear_2.weight"} <= trained
+    assert all(name.startswith(("transformer_blocks.", "action_embed.", "patch_embed.proj.added")) for name in trained)
+
+
+def test_a_start_that_is_not_the_base_stops_the_run(base):
+    transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
+    with pytest.raises(TrainingError, match="step 0 must be the base, but the output is off by"):
+        check_step_zero(transformer, lambda: transformer.proj_out.weight.data.mul_(1.01))
+
+
+def test_training_leaves_the_base_as_it_is_to_the_bit(make, base, tmp_path):
+    """Also under weight decay, of which the first layer's old columns are the delicate case."""
+    config = make("action", "camera", weight_decay=0.5)
+    model, loss, dataset, batches, _ = assemble(config)
+    fit(model, loss, dataset, config, batches.collate, lambda model, folder: None)
+    before = CosmosWorldTransformer3D.from_pretrained(base / "transformer").state_dict()
+    after = {name.replace(".base_layer", ""): value for name, value in model.transformer.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.transformer.patch_embed.proj.added.abs().max() > 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"sensitivity_action", "sensitivity_camera"} <= log[-1].keys()
+    assert log[0]["sensitivity_action"] < 1e-5 < log[-1]["sensitivity_action"]
+
+
+def test_a_grown_layer_is_a_plain_one_in_two_parts():
+    linear = torch.nn.Linear(10, 4, bias=False)
+    grown = GrownLinear(linear, [slice(2, 5), slice(7, 8)])
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(grown(x), linear(x))
+    assert torch.equal(grown.whole(), linear.weight)
+
+
+def test_actions_are_learned_and_the_figures_show_it(make, data):
+    """The clips differ by their motion, which only the actions tell: with the wrong ones the error is larger."""
+    config = make("action", condition_dropout=0.0, lora_rank=8, learned_uncertainty=False, val_data=[str(data)])
+    model, loss_of, dataset, batches, validation = assemble(config)
+    batch = batches.collate([dataset[i, 0] for i in range(6)])
+    batch["text"] = torch.zeros_like(batch["text"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    before = loss_of.sensitivity(model, batch)
+    for step in range(60):
+        torch.manual_seed(step % 4)
+        loss, _ = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = torch.get_rng_state()
+    after = loss_of.sensitivity(model, batch)
+    assert torch.equal(state, torch.get_rng_state())
+    assert before["sensitivity_action"] < 1e-5 and before["error_ratio_action"] == pytest.approx(1, abs=1e-5)
+    assert after["sensitivity_action"] > 0.1 and after["error_ratio_action"] > 1.01
+    figures = validate_conditions(model.eval(), loss_of, batches, validation, 2)
+    assert figures[f"{data.name}_sensitivity_action"] > 0.1
+    assert {f"{data.name}_denoising_given0", f"{data.name}_error_ratio_action"} <= figures.keys()
+
+
+def test_dropped_conditions_are_not_seen(make):
+    config = make("action", "camera", condition_dropout=0.999999, learned_uncertainty=False)
+    model, loss_of, dataset, batches, _ = assemble(config)
+    for parameter in model.transformer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = batches.collate([dataset[i, 0] for i in range(3)])
+    losses = []
+    for factor in (1, 2):
+        torch.manual_seed(0)
+        losses.append(loss_of(model, batch | {name: factor * batch[name] for name in ("actions", "camera")})[0])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "more", "message"),
+    [
+        (("action",), dict(init_from=""), "post-training starts from a pipeline"),
+        (("views",), {}, "conditions must be one or several of camera, action, instruction"),
+        ((), {}, "conditions must be one or several of"),
+        (("camera",), dict(p_mean=1.0), "p_mean cannot be set in post-training: the base's are kept"),
+        (("camera",), dict(lora_rank=-1), "lora_rank must be >= 0"),
+        (("camera",), dict(condition_dropout=1.0), r"condition_dropout must be in \[0, 1\)"),
+        (
+            ("camera",),
+            dict(lora_targets=["to_q", "query"]),
+            "'query' ends the name of no layer; a block has .*attn1.to_q",
+        ),
+        (("action",), dict(action_spec=""), "say what the actions mean: action_spec must be bridge, driving"),
+        (("action",), dict(action_spec="driving"), "actions have 7 numbers, 2 are needed for car"),
+    ],
+)
+def test_mistakes_are_refused(make, conditions, more, message):
+    with pytest.raises(ValueError, match=message):
+        assemble(make(*conditions, **more))
+
+
+# ---- adapters in a pipeline ------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path):
+    trained = adapter_of(make("action", "camera"), tmp_path / "adapter")
+    pipe.load_lora_weights(tmp_path / "adapter")
+    assert pipe.transformer.conditions == ("condition_mask", "camera", "actions")
+    x, given = torch.randn(1, 16, 3, 4, 6), dict(condition_mask=torch.zeros(1, 1, 3, 4, 6))
+    given |= dict(actions=torch.randn(1, 3, 28), camera=torch.randn(1, 6, 3, 4, 6))
+    inputs = (x, torch.zeros(1), torch.randn(1, 5, 32))
+    with torch.no_grad():
+        expected, result = trained(*inputs, **given).sample, pipe.transformer(*inputs, **given).sample
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_several_adapters_at_once_alone_and_unloaded(pipe, adapters):
+    """The inputs that the pipeline asks for are those of the active adapters, and without any it is the base, to the bit."""
+    plain = generate(pipe)
+    for name in ("action", "camera", "instruction"):
+        pipe.load_lora_weights(adapters / name, adapter_name=name)
+    given = dict(actions=plan_of(0.5), camera=path_of(0.2))
+    both = generate(pipe, **given)
+    assert (both - plain).abs().max() > 1e-3
+    for name, other in (("actions", plan_of(-0.5)), ("camera", path_of(-0.3))):
+        assert (generate(pipe, **given | {name: other}) - both).abs().max() > 1e-4, name
+    with pytest.raises(ValueError, match="model needs camera=: a CameraPath"):
+        generate(pipe, actions=plan_of(0.5))
+    pipe.set_adapters(["action", "instruction"], [1.0, 0.5])
+    with pytest.raises(ValueError, match="model takes no camera: load an adapter that was post-trained with it"):
+        generate(pipe, **given)
+    generate(pipe, actions=plan_of(0.5))
+    pipe.set_adapters("action", 0.0)
+    torch.testing.assert_close(generate(pipe, actions=plan_of(0.5)), plain, atol=1e-4, rtol=1e-4)
+    pipe.disable_lora()
+    assert torch.equal(generate(pipe), plain)
+    pipe.enable_lora()
+    pipe.delete_adapters("action")
+    assert pipe.action_spec is None and set(pipe.get_list_adapters()["transformer"]) == {"camera", "instruction"}
+    pipe.set_adapters(["camera", "instruction"])
+    with pytest.raises(ValueError, match="adapters camera, instruction are loaded: call fuse_lora"):
+        pipe.save_pretrained("nowhere")
+    pipe.unload_lora_weights()
+    assert pipe.transformer.conditions == ("condition_mask",)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_fused_adapters_stay_and_are_saved(pipe, adapters, tmp_path):
+    for name in ("action", "camera"):
+        pipe.load_lora_weights(adapters / name, adapter_name=name)
+    given = dict(actions=plan_of(0.5), camera=path_of(0.2))
+    expected = generate(pipe, **given)
+    pipe.fuse_lora()
+    torch.testing.assert_close(generate(pipe, **given), expected, atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    again = CosmosVideo2WorldPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(generate(again, **given), expected, atol=1e-4, rtol=1e-4)
+    assert again.action_spec.names == BRIDGE.names
+    again.load_lora_weights(adapters / "instruction")
+    with pytest.raises(ValueError, match="brings action_dim, which this pipeline's transformer has already"):
+        again.load_lora_weights(adapters / "action", adapter_name="second")
+
+
+def test_adapters_that_do_not_fit_are_refused(pipe, adapters, base, tmp_path):
+    pipe.load_lora_weights(adapters / "camera", adapter_name="one")
+    before = generate(pipe, camera=path_of(0.1))
+    with pytest.raises(ValueError, match="adapters 'one' and 'two' both bring camera_channels"):
+        pipe.load_lora_weights(adapters / "camera", adapter_name="two")
+    with pytest.raises(ValueError, match="an adapter 'one' is loaded already"):
+        pipe.load_lora_weights(adapters / "action", adapter_name="one")
+    with pytest.raises(ValueError, match="no adapter three is loaded; there is one"):
+        pipe.set_adapters(["three"])
+
+    def copy(change, file="conditions.json"):
+        for path in (adapters / "action").iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        change(tmp_path / file)
+
+    def other_base(path):
+        record = json.loads(path.read_text())
+        record["base"]["num_layers"] = 28
+        path.write_text(json.dumps(record))
+
+    def rename(path):
+        save_file({k.replace("attn1", "attn9"): v for k, v in load_file(path).items()}, path)
+
+    for message, change in (
+        ("trained on another kind of base: num_layers 2, needed 28", (other_base,)),
+        ("weights are for layers that this transformer does not have", (rename, "pytorch_lora_weights.safetensors")),
+        ("the adapter lacks the weight action_embed", (lambda path: save_file({}, path), "conditions.safetensors")),
+    ):
+        copy(*change)
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(tmp_path, adapter_name="action")
+    copy(Path.unlink, "action_spec.json")
+    with pytest.raises(FileNotFoundError, match="nobody knows what the model's actions mean"):
+        pipe.load_lora_weights(tmp_path, adapter_name="action")
+    assert torch.equal(generate(pipe, camera=path_of(0.1)), before)
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_script(base, data, cache, tmp_path, rank, pipe):
+    runpy.run_path(str(SCRIPT))["main"](
+        f"--init_from {base} --data {data} --val_data {data} --output_dir {tmp_path / 'run'} --cache_dir {cache} "
+        f"--conditions action camera --action_spec bridge --lora_rank {rank} --batch_size 3 --max_steps 2 --log_every 1 "
+        "--progress false --max_condition_frames 1".split()
+    )
+    export = tmp_path / "run" / "export"
+    if rank:
+        pipe.load_lora_weights(export)
+        assert ActionSpec.load(export).normalisation == "quantile"
+    else:
+        pipe = CosmosVideo2WorldPipeline.from_pretrained(export)
+        pipe.set_progress_bar_config(disable=True)
+    assert pipe.action_spec.rate == 5
+    assert generate(pipe, actions=plan_of(0.5), camera=path_of(0.2)).shape == (1, 16, 3, 4, 6)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert f"val_{data.name}_sensitivity_camera" in log[-1]
