@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -400,3 +403,17 @@ def test_script(base, data, cache, tmp_path, rank, pipe):
     assert generate(pipe, actions=plan_of(0.5), camera=path_of(0.2)).shape == (1, 16, 3, 4, 6)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert f"val_{data.name}_sensitivity_camera" in log[-1]
+
+
+def test_two_processes_are_one_run(base, data, cache, tmp_path, pipe):
+    """They find each other before the latents are coded, log once and export one adapter."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1] / "src")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    flags = f"--init_from {base} --data {data} --output_dir {tmp_path} --cache_dir {cache} --conditions camera --lora_rank 4"
+    flags += " --batch_size 2 --max_steps 2 --log_every 1 --progress false --max_condition_frames 1"
+    subprocess.run([*launcher, *flags.split()], check=True, env=environment, timeout=120)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    pipe.load_lora_weights(tmp_path / "export")
+    assert "camera" in pipe.transformer.conditions

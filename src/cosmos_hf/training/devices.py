@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, convert_outputs_to_fp32
 from torch import nn
 
@@ -60,6 +60,12 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             param_dtype=AUTOCAST[config.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     return accelerator
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is, before there is an Accelerator, which would take over a state without the others:
+    `PartialState()` alone does not ask whether the run is on processors."""
+    return PartialState(cpu=_asked_for("CPU"))
 
 
 def _asked_for(what: str) -> bool:

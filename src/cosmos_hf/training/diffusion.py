@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, T5EncoderModel
@@ -22,6 +21,7 @@ from ..models.uncertainty_cosmos import UncertaintyHead
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from .cache import LatentDataset, cache_latents, cache_text, load_text
 from .config import RunConfig
+from .devices import process_state
 from .loop import TrainingError, to_device
 from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, tokenize
 
@@ -154,13 +154,13 @@ class Texts:
         self.length, self.paths, self.encoder = config.max_sequence_length, None, None
         if config.train_text_encoder:
             source = Path(config.init_from or config.output_dir) / "tokenizer"
-            with PartialState().main_process_first():
+            with process_state().main_process_first():
                 self.tokenizer = load_or_train_vocabulary(source, captions, config.vocab_size)
             tokenize(self.tokenizer, sorted(set(captions + val_captions)), self.length)  # too long ones show up now
         else:
             self.tokenizer = AutoTokenizer.from_pretrained(Path(config.text_encoder) / "tokenizer")
             self.encoder = T5EncoderModel.from_pretrained(Path(config.text_encoder) / "text_encoder")
-            with PartialState().main_process_first():
+            with process_state().main_process_first():
                 self.paths = cache_text(
                     captions + val_captions,
                     self.tokenizer,
@@ -194,7 +194,7 @@ def build_datasets(
         raise ValueError(
             f"{config.vae} has no latents_mean and latents_std in its config: run compute_latent_stats first"
         )
-    state = PartialState()
+    state = process_state()
 
     def cached(paths, starts, random):
         clips = ClipDataset(
