@@ -285,3 +285,17 @@ def test_folders_of_diffusers_load_and_wrong_ones_are_refused(tmp_path):
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 missing \['proj_out.weight'\]"):
         CosmosWorldTransformer3D.from_pretrained(tmp_path)
+
+
+def test_prepared_text_gives_the_same_output(model):
+    given = inputs()
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 1]])
+    text = given.pop("encoder_hidden_states")
+    with torch.no_grad():
+        prepared = model.prepare_text(text)
+        for options in ({}, {"attention_mask": mask}):
+            expected = model(encoder_hidden_states=text, **given, **options).sample
+            assert torch.equal(model(encoder_hidden_states=prepared, **given, **options).sample, expected)
+        for wrong in (prepared[:1], model.prepare_text(text[:1])):
+            with pytest.raises(ValueError, match="prepare_text makes them"):
+                model(encoder_hidden_states=wrong, **given)

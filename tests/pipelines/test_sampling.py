@@ -66,7 +66,7 @@ def test_rescaling_brings_the_spread_back(share):
     outputs = {"text": with_text, "negative": without}
     scale, sampling = 6.0, Sampling(guidance_rescale=share)
     result = guided(
-        lambda x, noise, text, copies: outputs[text],
+        lambda x, noise, texts, kept: outputs[texts[0]],
         None,
         torch.tensor(0.0),
         "text",
@@ -101,3 +101,19 @@ def test_options_reach_the_sampler(video2world, options):
 def test_unknown_options_are_refused(video2world, sampling, message):
     with pytest.raises(ValueError, match=message):
         run(video2world, **sampling)
+
+
+def test_keys_and_values_of_texts_are_computed_once(video2world, monkeypatch):
+    """For each branch; not where a hook brings the blocks' weights, and then with the same result."""
+    block, calls = video2world.transformer.transformer_blocks[0], []
+    handle = block.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    results = []
+    for batched, hooked, expected in ((False, False, 2), (True, False, 1), (False, True, 6)):
+        if hooked:
+            monkeypatch.setattr(block, "_diffusers_hook", object(), raising=False)
+        calls.clear()
+        results.append(run(video2world, batch_guidance=batched))
+        assert len(calls) == expected
+    handle.remove()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=2e-4)
+    assert torch.equal(results[2], results[0])

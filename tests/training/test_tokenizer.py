@@ -145,7 +145,9 @@ def test_noise_on_the_latents_reaches_the_decoder_only_in_training(clips, tmp_pa
     model(video, latent_noise=0.5)
     noise = (decoded[2] - decoded[0]).flatten(1).std(1) / 2
     assert (noise > 0.01).all() and (noise < 0.5 * 1.1).all() and abs(noise[0] - noise[1]) > 0.01
-    config = settings(clips, tmp_path / "run", init_from=str(tmp_path / "continuous"), freeze_encoder=True, latent_noise=0.5)
+    config = settings(
+        clips, tmp_path / "run", init_from=str(tmp_path / "continuous"), freeze_encoder=True, latent_noise=0.5
+    )
     run(config)
     with pytest.raises(ValueError, match="latent_noise is for continuous tokenizers"):
         build_model(replace(config, init_from=str(discrete)))

@@ -7,6 +7,7 @@ d head width; F is 1 where a whole clip has one noise level, or the number of la
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,13 @@ def add_gated(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torc
     return torch.addcmul(x.unflatten(1, (frames, -1)), gate, update.unflatten(1, (frames, -1))).flatten(1, 2)
 
 
+class KeysValues(NamedTuple):
+    """Of a context, as a layer attends to it: keys (normalised) and values, [B, M, N, d] each."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
 class CosmosAttnProcessor:
     """Attention through diffusers' dispatcher, so that `set_attention_backend` and its context manager apply."""
 
@@ -190,8 +198,7 @@ class CosmosAttnProcessor:
     def __call__(self, attn: "CosmosAttention", x, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
         context = x if context is None else context
         query = attn.norm_q(attn.to_q(x).unflatten(-1, (attn.heads, -1)))  # [B, L, N, d]
-        key = attn.norm_k(attn.to_k(context).unflatten(-1, (attn.heads, -1)))  # [B, L or M, N, d]
-        value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
+        key, value = context if isinstance(context, KeysValues) else attn.keys_values(context)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         out = dispatch_attention_fn(
@@ -223,7 +230,13 @@ class CosmosAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = RMSNorm(hidden_size // heads, eps=1e-6)
         self.set_processor(CosmosAttnProcessor())
 
+    def keys_values(self, context: torch.Tensor) -> KeysValues:
+        """Of a context [B, M, context_size]."""
+        key = self.norm_k(self.to_k(context).unflatten(-1, (self.heads, -1)))
+        return KeysValues(key, self.to_v(context).unflatten(-1, (self.heads, -1)))
+
     def forward(self, x: torch.Tensor, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
+        """`context`: [B, M, context_size], its `KeysValues`, or None for the tokens themselves."""
         return self.processor(self, x, context, rotary, attention_mask)
 
 
@@ -240,13 +253,15 @@ class CosmosBlock(nn.Module):
         self.ff = FeedForward(hidden_size, mult=mlp_ratio, activation_fn="gelu", bias=False)
 
     def forward(self, x, text, time, offsets, rotary, positions=None, attention_mask=None) -> torch.Tensor:
-        """x [B, L, D]; text [B * V, M, text_size], so that each view attends to its own text; attention_mask [B * V, 1, 1, M]."""
+        """x [B, L, D]; text [B * V, M, text_size] or its `KeysValues`, so that each view attends to its own text;
+        attention_mask [B * V, 1, 1, M]."""
         if positions is not None:
             x = x + positions  # [B, L, D] + [L, D]
         modulated, gate = self.norm1(x, time, offsets)
         x = add_gated(x, gate, self.attn1(modulated, rotary=rotary))
         modulated, gate = self.norm2(x, time, offsets)
-        per_view = modulated.reshape(len(text), -1, x.shape[-1])  # [B * V, L / V, D]
+        texts = len(text.key if isinstance(text, KeysValues) else text)  # B * V
+        per_view = modulated.reshape(texts, -1, x.shape[-1])  # [B * V, L / V, D]
         x = add_gated(x, gate, self.attn2(per_view, text, attention_mask=attention_mask).view_as(x))
         modulated, gate = self.norm3(x, time, offsets)
         return add_gated(x, gate, self.ff(modulated))

@@ -39,17 +39,17 @@ def denoise_latents(
         conditions["padding_mask"] = padding_mask
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
-        size = noise.shape[-2:]
-        indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
-        conditions["condition_mask"] = condition_mask(indicator, *size)
+        conditions["condition_mask"] = _given_frames(condition, noise)
 
-    def branch(hidden_states, c_noise, text, kept):
+    texts_of = _Texts(transformer)
+
+    def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
-        return transformer(hidden_states, c_noise, text, fps=fps, **given).sample.float()
+        return transformer(hidden_states, c_noise, texts_of(texts), fps=fps, **given).sample.float()
 
     def network(hidden_states, c_noise):
         if negative_text is None:
-            return branch(hidden_states, c_noise, text, (True,))
+            return branch(hidden_states, c_noise, (text,), (True,))
         return guided(branch, hidden_states, c_noise, text, negative_text, guidance_scale, sampling, generated)
 
     scheduler.set_timesteps(num_inference_steps, noise.device, sampling.solver, sampling.grid)
@@ -67,6 +67,31 @@ def denoise_latents(
                 latents, text, negative_text = list(known.values())[:3]
             bar.update()
     return _finite(latents)
+
+
+class _Texts:
+    """A batch's texts as the network takes them, with keys and values that are computed once for all steps."""
+
+    def __init__(self, transformer):
+        self._transformer, self._kept = transformer, []
+
+    def __call__(self, texts: tuple[torch.Tensor, ...]):
+        for known, prepared in self._kept:
+            if len(known) == len(texts) and all(a is b for a, b in zip(known, texts, strict=True)):
+                return prepared
+        prepared = torch.cat(texts) if len(texts) > 1 else texts[0]
+        if self._transformer.can_prepare_text:
+            prepared = self._transformer.prepare_text(prepared)
+        self._kept = [
+            *self._kept[-1:],
+            (texts, prepared),
+        ]  # two branches; a callback's new texts push out the old ones
+        return prepared
+
+
+def _given_frames(condition: FrameCondition | None, noise: torch.Tensor) -> torch.Tensor:
+    indicator = condition.indicator if condition is not None else noise.new_zeros(1, 1, noise.shape[2], 1, 1)
+    return condition_mask(indicator, *noise.shape[-2:])
 
 
 def _for_branches(conditions: dict, kept: tuple[bool, ...], batch: int, dropped: tuple[str, ...]) -> dict:

@@ -56,7 +56,7 @@ class Sampling:
 
 
 def guided(
-    branch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[bool, ...]], torch.Tensor],
+    branch: Callable[[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[bool, ...]], torch.Tensor],
     hidden_states: torch.Tensor,
     c_noise: torch.Tensor,
     text: torch.Tensor,
@@ -68,22 +68,23 @@ def guided(
     """The network's output under guidance, [B, C, T, H, W] float32: cond + scale (cond - uncond).
 
     Args:
-        branch: (hidden_states, c_noise, text, kept) -> output; `kept` has an entry for each part of the batch: whether it is
-            the branch with all conditions.
+        branch: (hidden_states, c_noise, texts, kept) -> output; `texts` and `kept` have an entry for each part of the batch: its
+            text, and whether it is the branch with all conditions.
         generated: bool [B or 1, 1, T, 1, 1], the frames that are not given; the rescaling looks at these alone.
     """
     if sampling.guidance_interval is not None:
         low, high = sampling.guidance_interval
         sigma = (4 * c_noise.double()).exp()
         if not ((low <= sigma) & (sigma <= high)).all():
-            return branch(hidden_states, c_noise, text, (True,))
+            return branch(hidden_states, c_noise, (text,), (True,))
     if sampling.batch_guidance:
-        both = torch.cat([text, negative_text])
         noise = c_noise if c_noise.ndim == 0 else torch.cat([c_noise, c_noise])
-        with_text, without = branch(torch.cat([hidden_states, hidden_states]), noise, both, (True, False)).chunk(2)
+        with_text, without = branch(
+            torch.cat([hidden_states, hidden_states]), noise, (text, negative_text), (True, False)
+        ).chunk(2)
     else:
-        with_text = branch(hidden_states, c_noise, text, (True,))
-        without = branch(hidden_states, c_noise, negative_text, (False,))
+        with_text = branch(hidden_states, c_noise, (text,), (True,))
+        without = branch(hidden_states, c_noise, (negative_text,), (False,))
     output = with_text + scale * (with_text - without)
     if sampling.guidance_rescale:
         ratio = _spread(with_text, generated) / _spread(output, generated)
