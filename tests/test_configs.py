@@ -17,7 +17,7 @@ PARAMETERS = {  # millions, of the network that the run trains
     "cosmos_14b_video2world": 14267,
     "nano_video2world": 6.9,
     "nano_tokenizer": 3.0,
-    "nano_discrete_tokenizer": 3.0,
+    "nano_tokenizer_discrete": 3.0,
     "nano_autoregressive": 8.1,
     "cosmos_4b_autoregressive": 4014,
 }

@@ -39,8 +39,6 @@ from .video_layers import (
     haar_unpatch,
 )
 
-# A thousand codes: a nano autoregressive model has an embedding and a logit for each.
-_NANO_CODES = dict(quantizer="fsq", latent_channels=4, fsq_levels=(8, 5, 5, 5))
 # Sizes by the name of the published model; `CosmosVideoTokenizer(**PRESETS["cv8x8x8"])`.
 PRESETS = {
     "cv4x8x8": dict(temporal_compression=4, decoder_channels_mult=(2, 4)),
@@ -52,12 +50,6 @@ PRESETS = {
     "cv4x8x8-360p": dict(temporal_compression=4, patch_size=2),
     "dv4x8x8-360p": dict(temporal_compression=4, patch_size=2, quantizer="fsq", latent_channels=6, z_channels=256),
     "nano": dict(temporal_compression=4, channels=48, channels_mult=(1, 2, 2), num_res_blocks=1),
-    "nano-dv4x8x8": dict(
-        temporal_compression=4, channels=48, channels_mult=(1, 2, 2), num_res_blocks=1, **_NANO_CODES
-    ),
-    "nano-dv8x16x16": dict(
-        spatial_compression=16, channels=48, channels_mult=(1, 2, 2), num_res_blocks=1, **_NANO_CODES
-    ),
     "tiny": dict(temporal_compression=4, channels=8, channels_mult=(1, 2, 2), num_res_blocks=1),
 }
 # Codebooks of the sizes that the FSQ paper recommends for 2^12 and 2^10 codes: an output of 64 000 would be most of a nano model.
