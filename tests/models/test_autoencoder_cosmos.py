@@ -155,9 +155,13 @@ def test_discrete_in_bf16_equals_float32_quantisation():
 @pytest.mark.parametrize("kind", [dict(), dict(quantizer="fsq", latent_channels=6)])
 def test_gradient_reaches_every_parameter(kind):
     model = tiny_video(**kind).train()
-    model.quant_conv.weight.data *= 5  # spread the codes: equal ones leave nothing for attention to tell apart
+    video = torch.rand(2, 3, 9, 16, 16) * (torch.rand(2, 3, 9, 1, 1) * 2 - 1)
+    with torch.no_grad():  # spread the codes: equal ones leave nothing for attention to tell apart
+        features = model.encoder(video.permute(0, 2, 3, 4, 1))
+        model.quant_conv.weight /= features.std(1).mean()
+        model.quant_conv.bias.copy_(-model.quant_conv(features).mean((0, 1, 2, 3)) + model.quant_conv.bias)
     model.enable_gradient_checkpointing()
-    (model(torch.rand(2, 3, 9, 16, 16)).sample ** 2).mean().backward()
+    (model(video).sample ** 2).mean().backward()
     # A key's bias cannot matter: softmax is invariant under a shift of all logits.
     dead = [n for n, p in model.named_parameters() if (p.grad is None or not p.grad.any()) and "to_k.bias" not in n]
     assert not dead

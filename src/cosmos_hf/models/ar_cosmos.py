@@ -29,6 +29,7 @@ from .ar_layers import (
     with_context_cache,
 )
 from .ar_loss import chunked_loss
+from .linear import speed_up
 from .medusa_cosmos import MedusaHead
 from .strict_loading import StrictLoadingMixin
 
@@ -296,6 +297,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
         self.model = CosmosARModel(config)
         self.lm_head = projection(config.hidden_size, config.vocab_size, config.hidden_size**-0.5)
         self.medusa_heads = nn.ModuleList([MedusaHead(config.hidden_size) for _ in range(config.medusa_num_heads)])
+        speed_up(self.model)  # not the output layer, where memory is what matters
         self.post_init()
 
     @can_return_tuple

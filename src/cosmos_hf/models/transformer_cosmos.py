@@ -33,6 +33,7 @@ from .dit_layers import (
     TimeEmbedding,
     sincos_positions,
 )
+from .linear import speed_up
 from .strict_loading import StrictLoadingMixin
 
 _14B = dict(num_layers=36, num_attention_heads=40, rope_scale=(2.0, 2.0, 2.0))
@@ -176,6 +177,7 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
             hidden_size, patch_size[0] * patch_size[1] * patch_size[2] * out_channels, bias=False
         )
         self.gradient_checkpointing = False
+        speed_up(self)
         self._initialize()
 
     @property

@@ -1,8 +1,7 @@
 """Layers of the causal video tokenizer (arXiv 2501.03575, section 3.1): wavelet patches, convolutions, attention.
 
 Axes: B batch, T frames, H and W height and width, C channels. Activations are **channels-last**, [B, T, H, W, C]:
-then a 1x1x1 convolution is a matrix product, a 1x3x3 one is a time-batched 2-D convolution and a 3x1x1 one is a matrix
-product with three shifted sums; on a processor this is several times faster than a 3-D convolution.
+then a 1x3x3 convolution is a 2-D one over the batch of all frames, and a 3x1x1 one a 2-D one over (T, H W).
 
 A layer that looks back in time takes `stream`, a `StreamState` or None. With None the clip starts here: the past is
 the first frame repeated. With a state the layer continues where the last chunk ended, so coding a clip chunk by
@@ -50,35 +49,24 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: torch.Tensor, stream: StreamState | None = None, stride: int = 1) -> torch.Tensor:
         if self.temporal:
-            return self._temporal_downsample(x, stream) if stride == 2 else self._temporal(x, stream)
-        if self.weight.shape[-1] == 1:
-            return F.linear(x, self.weight.flatten(1), self.bias)
+            return self._over_time(x, stream, stride)
         batch, frames = x.shape[:2]
-        weight = self.weight.squeeze(2).contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, self.bias, stride, self.padding)
-        return y.permute(0, 2, 3, 1).unflatten(0, (batch, frames))
+        y = self._conv2d(x.flatten(0, 1), self.weight.squeeze(2), (stride, stride), self.padding)
+        return y.unflatten(0, (batch, frames))
 
-    def _temporal(self, x: torch.Tensor, stream: StreamState | None) -> torch.Tensor:
-        """y[t] = W0 x[t-2] + W1 x[t-1] + W2 x[t]: each frame times all three at once, then shifted and summed."""
-        products = F.linear(x, self.weight[..., 0, 0].permute(2, 0, 1).flatten(0, 1))  # [B, T, H, W, 3 C]
-        past = stream.get(self) if stream is not None else None
-        if past is None:
-            past = products[:, :1].expand(-1, 2, -1, -1, -1)
-        products = torch.cat([past, products], dim=1)
-        if stream is not None:
-            stream[self] = products[:, -2:].clone()
-        oldest, older, now = products.chunk(3, dim=-1)
-        return oldest[:, :-2] + older[:, 1:-1] + now[:, 2:] + self.bias
-
-    def _temporal_downsample(self, x: torch.Tensor, stream: StreamState | None) -> torch.Tensor:
-        """Stride 2, plus the mean of the two newest frames of each window: output k sees x[2k-2], x[2k-1], x[2k]."""
+    def _over_time(self, x: torch.Tensor, stream: StreamState | None, stride: int) -> torch.Tensor:
+        """y[t] = W0 x[t-2] + W1 x[t-1] + W2 x[t]; with stride 2 of the even t, plus the mean of the two newest frames of each."""
         past = stream.get(self) if stream is not None else None
         x = torch.cat([x[:, :1].expand(-1, 2, -1, -1, -1) if past is None else past, x], dim=1)
         if stream is not None:
-            stream[self] = x[:, -1:].clone()
-        oldest, older, now = x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]
-        weight = self.weight[..., 0, 0].permute(0, 2, 1).flatten(1)
-        return F.linear(torch.cat([oldest, older, now], dim=-1), weight, self.bias) + (older + now) * 0.5
+            stream[self] = x[:, -2:].clone() if stride == 1 else x[:, -1:].clone()
+        y = self._conv2d(x.flatten(2, 3), self.weight.squeeze(-1), (stride, 1), 0).unflatten(2, x.shape[2:4])
+        return y if stride == 1 else y + (x[:, 1:-1:2] + x[:, 2::2]) * 0.5
+
+    def _conv2d(self, x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: int) -> torch.Tensor:
+        """Of [N, rows, columns, C], which lies in memory as conv2d's channels-last layout wants it."""
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, stride, padding).permute(0, 2, 3, 1)
 
 
 class FactorizedConv(nn.Sequential):
