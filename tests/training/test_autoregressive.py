@@ -140,7 +140,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_logits_never_exist_whole():
-    """1024 positions of 64 000 codes are 250 MiB; a step in chunks of 32 takes far less than that, one in a piece several times it."""
+    """1024 positions of 64 000 codes are 250 MiB; chunks of 32 take far less, one piece several times that."""
     # A fixed threshold: glibc's growing one keeps freed blocks in the heap, more or less of them from run to run.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, check=True, text=True, env=env).stdout

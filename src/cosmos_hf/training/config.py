@@ -113,6 +113,10 @@ class TokenizerConfig(RunConfig):
     freeze_encoder: bool = field(
         default=False, metadata={"help": "train the decoder only: the latents stay as they are"}
     )
+    fsq_levels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "make a continuous init_from discrete, with so many values per code channel"},
+    )
     latent_noise: float = field(
         default=0.0, metadata={"help": "noise on the latents, up to so many of their standard deviations"}
     )
@@ -124,6 +128,10 @@ class TokenizerConfig(RunConfig):
             raise ValueError(
                 f"latent_noise must be >= 0 and belongs to freeze_encoder, got {self.latent_noise}: an encoder that learns "
                 f"would only make its latents larger than the noise"
+            )
+        if self.fsq_levels and not self.init_from:
+            raise ValueError(
+                "fsq_levels needs init_from, a continuous tokenizer to start from; or take a discrete preset"
             )
         if bool(self.crop_height) != bool(self.crop_width):
             raise ValueError("give crop_height and crop_width together")

@@ -13,15 +13,21 @@ from ..evaluation.metrics import psnr, ssim
 from ..models.tokenizer_kinds import KINDS, Tokenizer, codes_images, load_tokenizer, reconstruct
 from .checkpoints import TrainingError
 from .config import TokenizerConfig
+from .discretize import make_discrete
 from .losses import ReconstructionLoss
 
 CODE_WINDOW = 4  # times the codebook's size: of so many of the last codes the logs tell
 
 
 def build_model(config: TokenizerConfig) -> Tokenizer:
-    """From `init_from`, or of the size `preset` with random weights; with `freeze_encoder` only its decoder will learn."""
+    """From `init_from` (made discrete with `fsq_levels`), or of the size `preset` with random weights.
+
+    With `freeze_encoder` only its decoder will learn.
+    """
     if config.init_from:
         model = load_tokenizer(config.init_from)
+        if config.fsq_levels:
+            model = make_discrete(model, config.fsq_levels, build_whole(config, config.data))
     else:
         model_class, presets = KINDS[_kind_of(config)]
         model = model_class(**presets[config.preset])
