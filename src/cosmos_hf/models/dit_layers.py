@@ -44,7 +44,7 @@ class RotaryEmbedding3D(nn.Module):
         return torch.outer(positions, 1.0 / theta**exponents)
 
     def forward(self, grid: tuple[int, int, int], fps: float | None, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [L, 1, d / 2] of a grid (T, H, W) of tokens. `fps` None counts frames as 24 per second."""
+        """cos and sin [T, H * W, 1, d / 2] of a grid (T, H, W) of tokens. `fps` None counts frames as 24 per second."""
         if torch.compiler.is_compiling():
             return self._make(grid, fps, device)
         key = (*grid, fps, torch.device(device))
@@ -64,7 +64,7 @@ class RotaryEmbedding3D(nn.Module):
             self.angles(axis, positions[axis]).view(*views[axis], self.dims[axis] // 2).expand(*grid, -1)
             for axis in range(3)
         ]
-        angles = torch.cat(parts, dim=-1).flatten(0, 2).unsqueeze(1)  # [L, 1, d / 2]
+        angles = torch.cat(parts, dim=-1).flatten(1, 2).unsqueeze(2)  # [T, H * W, 1, d / 2]
         return angles.cos(), angles.sin()
 
 
@@ -83,10 +83,11 @@ class LearnablePositionEmbedding(nn.Module):
             self.register_parameter(f"pos_emb_{name}", nn.Parameter(torch.empty(size, hidden_size)))
 
     def forward(self, grid: tuple[int, int, int]) -> torch.Tensor:
+        """[T, H * W, D] of a grid (T, H, W)."""
         frames, rows, columns = grid
         embedding = (
             self.pos_emb_t[:frames, None, None] + self.pos_emb_h[:rows, None] + self.pos_emb_w[:columns]
-        ).flatten(0, 2)  # [L, D]
+        ).flatten(1, 2)
         rms = torch.linalg.vector_norm(embedding, dim=-1, keepdim=True, dtype=torch.float32)
         rms = rms / math.sqrt(embedding.shape[-1])
         return embedding / (rms + 1e-6)
@@ -106,6 +107,17 @@ def sincos_positions(hidden_size: int, grid: tuple[int, int, int], device=None) 
         shape[axis] = grid[axis]
         parts.append(torch.cat([angles.sin(), angles.cos()], dim=-1).float().view(shape).expand(*grid, -1))
     return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+class SincosPositionEmbedding(nn.Module):
+    """`sincos_positions` as a module, as hooks that split tokens need it: [T, H * W, D] of a grid (T, H, W)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, grid: tuple[int, int, int], device) -> torch.Tensor:
+        return sincos_positions(self.hidden_size, grid, device).unflatten(0, (grid[0], -1))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -190,14 +202,18 @@ class KeysValues(NamedTuple):
 
 
 class CosmosAttnProcessor:
-    """Attention through diffusers' dispatcher, so that `set_attention_backend` and its context manager apply."""
+    """Attention through diffusers' dispatcher, so that `set_attention_backend` and its context manager apply.
+
+    Where tokens are split over processes (`_parallel_config`), self-attention exchanges them; the text is whole in every process.
+    """
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(self, attn: "CosmosAttention", x, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
+        parallel_config = self._parallel_config if context is None else None
         context = x if context is None else context
-        query = attn.norm_q(attn.to_q(x).unflatten(-1, (attn.heads, -1)))  # [B, L, N, d]
+        query = attn.norm_q(attn.to_q(x).unflatten(-1, (-1, attn.head_dim)))  # [B, L, N, d]
         key, value = context if isinstance(context, KeysValues) else attn.keys_values(context)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -207,7 +223,7 @@ class CosmosAttnProcessor:
             value,
             attn_mask=attention_mask,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+            parallel_config=parallel_config,
         )
         return attn.to_out[0](out.flatten(2))
 
@@ -221,7 +237,7 @@ class CosmosAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, hidden_size: int, context_size: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, hidden_size // heads
         self.to_q = nn.Linear(hidden_size, hidden_size, bias=False)
         self.to_k = nn.Linear(context_size, hidden_size, bias=False)
         self.to_v = nn.Linear(context_size, hidden_size, bias=False)
@@ -232,8 +248,8 @@ class CosmosAttention(nn.Module, AttentionModuleMixin):
 
     def keys_values(self, context: torch.Tensor) -> KeysValues:
         """Of a context [B, M, context_size]."""
-        key = self.norm_k(self.to_k(context).unflatten(-1, (self.heads, -1)))
-        return KeysValues(key, self.to_v(context).unflatten(-1, (self.heads, -1)))
+        key = self.norm_k(self.to_k(context).unflatten(-1, (-1, self.head_dim)))
+        return KeysValues(key, self.to_v(context).unflatten(-1, (-1, self.head_dim)))
 
     def forward(self, x: torch.Tensor, context=None, rotary=None, attention_mask=None) -> torch.Tensor:
         """`context`: [B, M, context_size], its `KeysValues`, or None for the tokens themselves."""
@@ -252,9 +268,10 @@ class CosmosBlock(nn.Module):
         self.norm3 = AdaptiveLayerNorm(hidden_size, rank)
         self.ff = FeedForward(hidden_size, mult=mlp_ratio, activation_fn="gelu", bias=False)
 
-    def forward(self, x, text, time, offsets, rotary, positions=None, attention_mask=None) -> torch.Tensor:
-        """x [B, L, D]; text [B * V, M, text_size] or its `KeysValues`, so that each view attends to its own text;
+    def forward(self, hidden_states, text, time, offsets, rotary, positions=None, attention_mask=None) -> torch.Tensor:
+        """hidden_states [B, L, D]; text [B * V, M, text_size] or its `KeysValues`, so that each view attends to its own text;
         attention_mask [B * V, 1, 1, M]."""
+        x = hidden_states
         if positions is not None:
             x = x + positions  # [B, L, D] + [L, D]
         modulated, gate = self.norm1(x, time, offsets)

@@ -11,6 +11,7 @@ M text tokens of a view, D width; F is 1, or T where noise levels or actions dif
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -30,10 +31,12 @@ from .dit_layers import (
     KeysValues,
     LearnablePositionEmbedding,
     RotaryEmbedding3D,
+    SincosPositionEmbedding,
     TimeEmbedding,
-    sincos_positions,
 )
+from .feature_caching import FeatureCachingMixin
 from .linear import speed_up
+from .parallelism import ParallelismMixin, is_fully_sharded
 from .strict_loading import StrictLoadingMixin
 
 _14B = dict(num_layers=36, num_attention_heads=40, rope_scale=(2.0, 2.0, 2.0))
@@ -89,10 +92,12 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for axis, patch in zip((2, 4, 6), self.patch_size, strict=True):
             x = x.unflatten(axis, (-1, patch))  # [B, C, T, p_t, H, p_h, W, p_w] in the end
-        return self.proj(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)).flatten(1, 3)  # [B, L, D]
+        return self.proj(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)).flatten(2, 3)  # [B, T', H' * W', D]
 
 
-class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class CosmosWorldTransformer3D(
+    StrictLoadingMixin, ParallelismMixin, FeatureCachingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin
+):
     """The one world transformer. Text is its only condition unless the config has more; `conditions` lists them.
 
     Args:
@@ -167,6 +172,7 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         if extra_pos_embed_type == "learnable":
             tables = tuple(size // patch for size, patch in zip(max_size, patch_size, strict=True))
             self.learnable_pos_embed = LearnablePositionEmbedding(hidden_size, tables)
+        self.sincos_pos_embed = SincosPositionEmbedding(hidden_size) if extra_pos_embed_type == "sincos" else None
         self.time_embed = TimeEmbedding(hidden_size)
         self.transformer_blocks = nn.ModuleList(
             CosmosBlock(hidden_size, num_attention_heads, text_embed_dim, mlp_ratio, adaln_lora_dim)
@@ -268,19 +274,21 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         dtype, device = self.time_embed.norm.weight.dtype, hidden_states.device
         patch = self.patch_embed.patch_size
         grid = tuple(s // p for s, p in zip(size, patch, strict=True))
+        self._check_shares(grid)
 
         # 1. Conditions that are channels of the input
         x = with_condition_channels(
             self, hidden_states.to(dtype), views, condition_mask, camera, condition, padding_mask, frame_repeat
         )  # [B, C + conditions, T, H, W]
-        x = self.patch_embed(x)  # [B, L, D]
+        x = self.patch_embed(x).flatten(1, 2)  # [B, L, D]
 
         # 2. Positions, which start again in every view
         view_grid = (grid[0] // views, *grid[1:])
-        rotary = tuple(table.repeat(views, 1, 1) for table in self.rope(view_grid, single_fps(fps), device))
+        rotary = self.rope(view_grid, single_fps(fps), device)  # [T' / V, H' * W', 1, d / 2] each
+        rotary = tuple(table.repeat(views, 1, 1, 1).flatten(0, 1) for table in rotary)
         positions = self._extra_positions(view_grid, device)
         if positions is not None:
-            positions = positions.to(x.dtype).repeat(views, 1)  # [L, D]
+            positions = positions.to(x.dtype).repeat(views, 1, 1).flatten(0, 1)  # [L, D]
 
         # 3. Noise level and actions
         action = (None, None) if actions is None else self.action_embed(actions.to(dtype))
@@ -296,7 +304,8 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
 
         # 5. Tokens to latents. A token's output lists row, column and frame in the patch, then channels: not the input's order
         (x,) = self.norm_out(x, time, offsets)
-        x = self.proj_out(x).view(batch, *grid, patch[1], patch[2], patch[0], -1)  # [B, T', H', W', p_h, p_w, p_t, C]
+        x = self.proj_out(x.unflatten(1, (grid[0], -1)))  # [B, T', H' * W', p_h * p_w * p_t * C]
+        x = x.view(batch, *grid, patch[1], patch[2], patch[0], -1)  # [B, T', H', W', p_h, p_w, p_t, C]
         x = x.permute(0, 7, 1, 6, 2, 4, 3, 5).reshape(batch, -1, *size)  # [B, C, T, H, W]
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
@@ -313,9 +322,10 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
 
     @property
     def can_prepare_text(self) -> bool:
-        """False where a block's weights are brought to it by a hook on its forward: they are not there outside it."""
-        return not any(
-            hasattr(block, name) for block in self.transformer_blocks for name in ("_hf_hook", "_diffusers_hook")
+        """False where a block's weights are brought to it when its forward is called: they are not there outside it."""
+        return not (
+            any(hasattr(block, "_hf_hook") or is_fully_sharded(block) for block in self.transformer_blocks)
+            or _is_group_offload_enabled(self)
         )
 
     def _texts_of_blocks(self, text, batch: int, views: int) -> list:
@@ -330,8 +340,8 @@ class CosmosWorldTransformer3D(StrictLoadingMixin, ModelMixin, ConfigMixin, Peft
         return text
 
     def _extra_positions(self, grid: tuple[int, int, int], device) -> torch.Tensor | None:
-        if self.config.extra_pos_embed_type == "sincos":
-            return sincos_positions(self.proj_out.in_features, grid, device)
+        if self.sincos_pos_embed is not None:
+            return self.sincos_pos_embed(grid, device)
         return None if self.learnable_pos_embed is None else self.learnable_pos_embed(grid)
 
     # ---- checks ----------------------------------------------------------------------------------------------------

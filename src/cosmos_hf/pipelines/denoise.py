@@ -1,5 +1,7 @@
 """The sampling loop that all diffusion pipelines share (arXiv 2501.03575, section 5.1): from noise to clean latents."""
 
+from contextlib import nullcontext
+
 import torch
 
 from ..conditioning.frames import FrameCondition, condition_mask
@@ -42,10 +44,13 @@ def denoise_latents(
         conditions["condition_mask"] = _given_frames(condition, noise)
 
     texts_of = _Texts(transformer)
+    if transformer.is_cache_enabled:
+        transformer._reset_stateful_cache()  # of a run that was cut short
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
-        return transformer(hidden_states, c_noise, texts_of(texts), fps=fps, **given).sample.float()
+        with _cache_of(transformer, kept):
+            return transformer(hidden_states, c_noise, texts_of(texts), fps=fps, **given).sample.float()
 
     def network(hidden_states, c_noise):
         if negative_text is None:
@@ -67,6 +72,13 @@ def denoise_latents(
                 latents, text, negative_text = list(known.values())[:3]
             bar.update()
     return _finite(latents)
+
+
+def _cache_of(transformer, kept: tuple[bool, ...]):
+    """Where a feature cache is enabled, it keeps apart what the branches of guidance compute."""
+    if not transformer.is_cache_enabled:
+        return nullcontext()
+    return transformer.cache_context({(True,): "cond", (False,): "uncond"}.get(kept, "both"))
 
 
 class _Texts:
