@@ -63,6 +63,17 @@ def test_the_table_of_rollouts_is_what_was_measured():
         assert figures == [f"{measured[way][name]:.3f}" for name in names], way
 
 
+def test_the_table_of_shortcuts_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "shortcuts.json").read_text())["ways"]
+    text = (ROOT / "docs" / "hardware.md").read_text()
+    rows = re.search(r"<!-- shortcuts -->\n(.*?)\n<!-- end -->", text, flags=re.S)[1].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
+    assert cells == [
+        [way["way"], f"{way['speed']:.2f}", f"{way['computed']:.2f}", f"{way['psnr']:.1f}", f"{way['worst']:.1f}"]
+        for way in measured
+    ]
+
+
 def test_scripts_and_files_that_the_readme_names_exist():
     named = re.findall(r"(?:training|pipelines|docs|model_cards|tests|src)/[\w./-]+\.(?:py|yaml|md|png)", README)
     assert len(named) > 8

@@ -24,7 +24,7 @@ from .latent_coding import (
     count_halvings,
 )
 from .starting_weights import start_as_projection
-from .streaming import StreamState, TokenizerStream
+from .streaming import ChunkedDecodingMixin, StreamState, TokenizerStream
 from .strict_loading import StrictLoadingMixin
 from .tiling import TilingMixin
 from .video_layers import (
@@ -141,7 +141,9 @@ def _resamplings(config) -> tuple[int, int]:
     return counts
 
 
-class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, ModelMixin, ConfigMixin):
+class CosmosVideoTokenizer(
+    LatentCodingMixin, TilingMixin, ChunkedDecodingMixin, StrictLoadingMixin, ModelMixin, ConfigMixin
+):
     """Causal video autoencoder: continuous when `quantizer` is None, discrete when it is "fsq".
 
     Args:
@@ -273,8 +275,10 @@ class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, M
 
         Args:
             num_frames: crop what `encode(pad_frames=True)` added.
-            chunk: latent frames to pass through the network at a time, with the result of decoding all at once.
+            chunk: latent frames to pass through the network at a time, with the result of decoding all at once. None is what
+                `enable_chunked_decoding` set, else all.
         """
+        chunk = self.decode_chunk if chunk is None else chunk
         self._check_latents(latents)
         full = self.num_frames(latents.shape[2])
         if num_frames is not None and (num_frames < 1 or self.latent_frames(num_frames) != latents.shape[2]):

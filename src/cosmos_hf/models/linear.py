@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+# Other kinds of weights, sharded or quantised, know their own products.
+_DENSE = (torch.Tensor, nn.Parameter, FakeTensor)
 FEW_ROWS = 16  # up to which reading the weight is what takes the time
 
 
@@ -26,7 +29,7 @@ def blas_is_slow() -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., I] times weight [O, I], as `torch.nn.functional.linear`."""
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
-    plain = plain or type(weight) not in (torch.Tensor, nn.Parameter)  # sharded and quantised weights know their products
+    plain = plain or type(weight) not in _DENSE
     if plain or not blas_is_slow() or torch.is_autocast_enabled("cpu") or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1], channels last

@@ -96,7 +96,9 @@ class ParallelismMixin:
         parts, positions = context.ring_degree * context.ulysses_degree, grid[1] * grid[2]
         uneven = context.ulysses_anything or context.ring_anything
         if positions % parts and (not uneven or dist.get_backend() == "gloo"):
-            remedy = "gloo gathers equal ones only" if uneven else "or ulysses_anything=True in the ContextParallelConfig"
+            remedy = (
+                "gloo gathers equal ones only" if uneven else "or ulysses_anything=True in the ContextParallelConfig"
+            )
             raise ValueError(
                 f"the {positions} positions of a latent frame ({grid[1]} x {grid[2]} patches) cannot be split into {parts} equal "
                 f"parts: choose another size; {remedy}"
@@ -109,7 +111,9 @@ class ParallelismMixin:
         if not dist.is_initialized():
             raise RuntimeError("parallelism needs torch.distributed: launch with torchrun and call init_process_group")
         context, tensor = _kinds(config)
-        shape, names = ((tensor.tp_degree,), ("tp",)) if context is None else (context.mesh_shape, context.mesh_dim_names)
+        shape, names = (
+            ((tensor.tp_degree,), ("tp",)) if context is None else (context.mesh_shape, context.mesh_dim_names)
+        )
         mesh = (context or tensor).mesh or dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
         if not isinstance(config, ParallelConfig):
             config = ParallelConfig(context_parallel_config=context, tensor_parallel_config=tensor)

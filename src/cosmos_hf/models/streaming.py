@@ -101,6 +101,22 @@ class KeyValues(tuple):
         return sum(weight @ v for weight, (_, v) in zip(parts, self, strict=True))
 
 
+class ChunkedDecodingMixin:
+    """A tokenizer that decodes chunk by chunk wherever it is asked to decode: the same result with the memory of one chunk."""
+
+    decode_chunk: int | None = None
+
+    def enable_chunked_decoding(self, latent_frames: int = 1):
+        """Have `decode` pass this many latent frames through the network at a time, unless a call says otherwise."""
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames must be at least 1, got {latent_frames}")
+        self.decode_chunk = latent_frames
+
+    def disable_chunked_decoding(self):
+        """Decode clips at once again."""
+        self.decode_chunk = None
+
+
 class TokenizerStream:
     """Codes one clip chunk by chunk: `push(chunk)` gives the result for these frames; together they equal coding all at once.
 

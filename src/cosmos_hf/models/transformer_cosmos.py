@@ -126,7 +126,11 @@ class CosmosWorldTransformer3D(
     _no_split_modules = ["CosmosBlock"]
     _repeated_blocks = ["CosmosBlock"]
     _keep_in_fp32_modules = ["learnable_pos_embed"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "learnable_pos_embed", "norm", "proj_out", "view_embed"]
+    # parts that keep their precision where the weights are stored in less
+    _skip_layerwise_casting_patterns = (
+        *("patch_embed", "condition_embed", "view_embed", "action_embed", "time_embed", "learnable_pos_embed"),
+        *("norm1", "norm2", "norm3", "norm_out", "proj_out"),
+    )
 
     @register_to_config
     def __init__(

@@ -21,13 +21,8 @@ from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.diffusers_layout import DIFFUSERS_CLASS, config_from_diffusers
 from ..models.transformer_cosmos import PRESETS as TRANSFORMERS
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from .presets import PRESETS, STORAGES, check_choice, is_stored_small
 
-# Where the weights are while a part works, and diffusers' call for it.
-PRESETS = {
-    "80gb": "all parts resident: pipe.to(device)",
-    "48gb": "one part at a time: pipe.enable_model_cpu_offload()",
-    "24gb": "one block at a time, the next one on its way: pipe.enable_group_offload(..., use_stream=True)",
-}
 # The published models' text encoder, T5-11B, and size of a call.
 _T5_11B = dict(d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128, vocab_size=32128)
 _SIZE = dict(height=704, width=1280, num_frames=121, max_sequence_length=512)
@@ -41,13 +36,15 @@ class MemoryEstimate:
     activations: dict[str, int]
     stages: dict[str, int]
     preset: str
+    storage: str | None = None
 
     @property
     def peak(self) -> int:
         return max(self.stages.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.peak / 1e9:.2f} GB with the preset {self.preset} ({PRESETS[self.preset]})"]
+        kept = f" and storage {self.storage}" if self.storage else ""
+        lines = [f"{self.peak / 1e9:.2f} GB with the preset {self.preset}{kept} ({PRESETS[self.preset]})"]
         lines += [f"  {name}: {size / 1e9:.2f} GB of weights" for name, size in self.weights.items()]
         lines += [
             f"  {stage}: {size / 1e9:.2f} GB, {self.activations[stage] / 1e9:.2f} of it activations"
@@ -63,6 +60,7 @@ def estimate_memory(
     num_frames: int | None = None,
     preset: str = "80gb",
     dtype: torch.dtype = torch.bfloat16,
+    storage: str | None = None,
 ) -> MemoryEstimate:
     """The peak of each stage of one guided generation of one video, with fused attention.
 
@@ -72,13 +70,14 @@ def estimate_memory(
         model: the name of a transformer's preset ("7b-video2world", with T5-11B and the 8x8x8 tokenizer), or a pipeline's
             folder or Hub id, of which only configs are read.
         height, width, num_frames: None takes the pipeline's own, or the published 704x1280 with 121 frames.
-        preset: where the weights are; a name in `PRESETS`.
+        preset: where the weights are; a name in `presets.PRESETS`.
         dtype: of weights and activations.
+        storage: how the transformer's weights are kept; a name in `presets.STORAGES`, or None for as they are.
 
-    Raises ValueError for an unknown preset, and what the parts raise for a size that they cannot represent.
+    Raises ValueError for unknown names, and what the parts raise for a size that they cannot represent.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_choice(preset, storage)
+    settings = PRESETS[preset]
     configs, size = _configs(str(model))
     given = dict(height=height, width=width, num_frames=num_frames)
     size |= {name: value for name, value in given.items() if value is not None}
@@ -94,16 +93,24 @@ def estimate_memory(
         activations = {
             "text_encoder": peak_of(lambda: _encode_text(encoder, size["max_sequence_length"])),
             "transformer": peak_of(lambda: _denoise(transformer, vae, size, dtype)),
-            "vae": peak_of(lambda: _decode(vae, size, dtype)),
+            "vae": peak_of(lambda: _decode(vae, size, dtype, settings.decode_chunk)),
         }
-        weights = {name: _bytes(part) for name, part in parts.items()}
-        resident = {
-            "80gb": lambda name: sum(weights.values()),
-            "48gb": lambda name: weights[name],
-            "24gb": lambda name: _two_blocks(parts[name]),
-        }[preset]
-        stages = {name: resident(name) + activations[name] for name in parts}
-    return MemoryEstimate(weights, activations, stages, preset)
+        if storage is not None:  # the one matrix that is at work has its full size
+            activations["transformer"] += max(
+                w.nbytes for n, w in transformer.named_parameters() if is_stored_small(n, w)
+            )
+        held = {
+            name: weights_held(part, settings.place(name), storage if name == "transformer" else None)
+            for name, part in parts.items()
+        }
+        encodes = transformer.takes_condition_mask  # the tokenizer, just before the transformer works
+    stages = {}
+    for stage in parts:
+        others = [name for name in parts if name != stage and settings.place(name) == "device"]
+        if stage == "transformer" and encodes and settings.vae == "whole":
+            others.append("vae")
+        stages[stage] = activations[stage] + held[stage][1] + sum(held[name][0] for name in others)
+    return MemoryEstimate({name: total for name, (total, _) in held.items()}, activations, stages, preset, storage)
 
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -134,13 +141,15 @@ def _denoise(transformer: CosmosWorldTransformer3D, vae: CosmosVideoTokenizer, s
     return kept, given, noise, denoised
 
 
-def _decode(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype):
+def _decode(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype, chunk: int | None):
     factor = vae.config.spatial_compression
     frames = vae.latent_frames(size["num_frames"])
     latents = torch.zeros(
         1, vae.config.latent_channels, frames, size["height"] // factor, size["width"] // factor, dtype=dtype
     )
-    return vae._decode(latents).float()  # decode would look at the values, which are not there
+    # decode would look at the values, which are not there
+    video = vae._decode(latents) if chunk is None else torch.cat(vae._in_chunks(vae._decode, latents, [chunk]), 2)
+    return video.float()
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -194,17 +203,30 @@ def _cast(part: torch.nn.Module, dtype: torch.dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def _bytes(part: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+def weights_held(part: torch.nn.Module, place: str, storage: str | None = None, blocks: int = 2) -> tuple[int, int]:
+    """Bytes of a part's weights, and of those that are on the device at a time while it works from a place of `presets.PLACES`.
 
-
-def _two_blocks(part: torch.nn.Module) -> int:
-    """What group offload holds: the largest two neighbouring blocks of the part's longest list, and all outside of it."""
+    Block by block that is the largest neighbouring `blocks` of the part's longest list, and all outside of it.
+    """
+    total = _bytes(part, storage)
     lists = [module for module in part.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
-    if not lists:
-        return _bytes(part)
-    sizes = [_bytes(block) for block in max(lists, key=_bytes)]
-    return _bytes(part) - sum(sizes) + max(a + b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    if place != "blocks" or not lists:
+        return total, total
+    sizes = [_bytes(block, storage) for block in max(lists, key=lambda module: _bytes(module, None))]
+    largest = max(sum(sizes[i : i + blocks]) for i in range(max(1, len(sizes) - blocks + 1)))
+    return total, total - sum(sizes) + largest
+
+
+def _bytes(part: torch.nn.Module, storage: str | None) -> int:
+    total = sum(buffer.nbytes for buffer in part.buffers())
+    for name, weight in part.named_parameters():
+        if storage is None or not is_stored_small(name, weight):
+            total += weight.nbytes
+        else:
+            kind = STORAGES[storage]
+            shared = -(-weight.numel() // (kind.group or weight.shape[1]))
+            total += (weight.numel() * kind.bits + shared * kind.shared_bits) // 8
+    return total
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

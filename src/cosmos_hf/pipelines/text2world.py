@@ -16,11 +16,12 @@ from .conditions import expand_conditions, read_conditions
 from .denoise import denoise_latents
 from .encode import check_size, check_text, draw_noise, encode_prompts
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
+from .presets import PresetsMixin
 from .published_layout import translate_index
 from .sampling import Sampling
 
 
-class CosmosText2WorldPipeline(ConditionAdaptersMixin, DiffusionPipeline):
+class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPipeline):
     """Generates a video from a prompt.
 
     Args:
