@@ -68,7 +68,7 @@ class Storage:
 
 STORAGES = {
     "float8": Storage(bits=8, shared_bits=0, group=None),
-    "int8": Storage(bits=8, shared_bits=32, group=None, package="torchao"),
+    "int8": Storage(bits=8, shared_bits=40, group=None, package="torchao"),
     "nf4": Storage(bits=4, shared_bits=32, group=64, package="bitsandbytes"),
 }
 
@@ -117,7 +117,9 @@ class PresetsMixin:
         if storage is not None and STORAGES[storage].package:
             if kwargs.get("quantization_config") is not None:
                 raise ValueError("give storage or quantization_config, not both")
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32
+            if not kwargs.keys() & {"dtype", "torch_dtype"}:
+                kwargs["torch_dtype"] = torch.float32  # a quantiser would take another for the rest, unasked
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             kwargs["quantization_config"] = quantization(storage, dtype)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if storage == "float8":
