@@ -94,11 +94,13 @@ def account(monkeypatch, pipe):
 
     wrap(ModuleGroup, "onload_", lambda self: device.change(id(self), of_group(self)))
     wrap(ModuleGroup, "offload_", lambda self: device.change(id(self), None))
-    wrap(
-        CpuOffload,
-        "pre_forward",
-        lambda self, module, *_: device.change(id(module), {*module.parameters(), *module.buffers()}),
-    )
+
+    def hand_over(hook, module, *_):
+        if hook.prev_module_hook is not None:  # accelerate spares the call where that part is on the processor
+            device.change(id(hook.prev_module_hook.model), None)
+        device.change(id(module), {*module.parameters(), *module.buffers()})
+
+    wrap(CpuOffload, "pre_forward", hand_over)
     wrap(UserCpuOffloadHook, "offload", lambda self: device.change(id(self.model), None))
     yield device
 
