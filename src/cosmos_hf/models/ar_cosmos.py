@@ -36,7 +36,7 @@ from .strict_loading import StrictLoadingMixin
 _YARN = dict(yarn_scale=2.0, yarn_original_shape=(3, 40, 64))
 _TEXT = dict(cross_attention_dim=1024, absolute_positions="every_layer", bov_token_id=64000, embedding_size=64064)
 _LARGE = dict(hidden_size=5120, num_hidden_layers=40)
-_NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
+_NANO = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
 # Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models go with the tokenizer
 # "nano-discrete" (4375 codes, 4x8x8; 17 frames of 96x128), the tiny one with "tiny-discrete".
 PRESETS = {
