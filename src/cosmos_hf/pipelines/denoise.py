@@ -35,17 +35,14 @@ def denoise_latents(
     `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
-    sampling = Sampling.of(sampling)
-    conditions = dict(conditions or {})
+    sampling, conditions = Sampling.of(sampling), dict(conditions or {})
     if padding_mask is not None:
         conditions["padding_mask"] = padding_mask
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
-
+    _forget(transformer)
     texts_of = _Texts(transformer)
-    if transformer.is_cache_enabled:
-        transformer._reset_stateful_cache()  # of a run that was cut short
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
@@ -72,6 +69,12 @@ def denoise_latents(
                 latents, text, negative_text = list(known.values())[:3]
             bar.update()
     return _finite(latents)
+
+
+def _forget(transformer):
+    """What a feature cache keeps of a run that was cut short."""
+    if transformer.is_cache_enabled:
+        transformer._reset_stateful_cache()
 
 
 def _cache_of(transformer, kept: tuple[bool, ...]):
