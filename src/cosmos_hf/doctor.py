@@ -15,7 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "numpy", "av")
-SPEED = {"flash-attn": "faster attention on NVIDIA GPUs", "bitsandbytes": "8 and 4 bit weights"}
+SPEED = {
+    "flash-attn": "faster attention on NVIDIA GPUs",
+    "bitsandbytes": "8 and 4 bit weights",
+    "torchao": "8 bit weights",
+}
 WEIGHT_BYTES = {
     "F64": 8,
     "F32": 4,
