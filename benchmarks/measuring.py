@@ -5,6 +5,7 @@ neighbours. Memory is the high-water mark of a process of its own, less what it 
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -64,6 +65,11 @@ def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
     """The best GFLOP/s of a large float32 matrix product: the limit that the figures are set against."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _linear_flop(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def gflop(call) -> float:
