@@ -5,7 +5,6 @@ neighbours. Memory is the high-water mark of a process of its own, less what it 
 """
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -33,7 +32,7 @@ def machine(argv=None) -> dict:
         processor=f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),
-        versions={name: version(name) for name in ("cosmos-hf", "torch", "diffusers")}
+        versions={name: version(name) for name in ("cosmos-hf", "torch", "diffusers", "transformers")}
         | {"python": platform.python_version()},
     )
 
@@ -65,11 +64,6 @@ def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
     """The best GFLOP/s of a large float32 matrix product: the limit that the figures are set against."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
-
-
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _linear_flop(x, weight, *args, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(x) * weight[0]
 
 
 def gflop(call) -> float:

@@ -1,7 +1,7 @@
 """Decoding on processors: the network of `ar_cosmos` with its weights in the order in which they are read.
 
-One code at a time, a network takes as long as its weights take to come from memory, if nothing is in their way. In the way are plain
-matrix products, which read a matrix of few rows at a half of the memory's speed or less, and some ten calls of modules per layer.
+One code at a time, a network takes as long as its weights take to come from memory, if nothing is in their way. In the way are
+plain matrix products, which read a matrix for few rows at half of the memory's speed or less, and dozens of small calls per layer.
 So for the length of one generation the weights are copied as oneDNN reads them best, those with the same input as one matrix with
 the norm before it folded in, and each layer is its few operations. Axes: B batch, S tokens, N heads, D width.
 """
@@ -25,12 +25,14 @@ def can_pack(model) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    plain = all(type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    plain = all(
+        type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()
+    )
     return plain and not any(_altered(module) for module in model.modules())
 
 
 def _altered(module: nn.Module) -> bool:
-    """Whether the module is of another class than ours and torch's (LoRA, quantised, ...), or somebody watches or replaced its call."""
+    """Whether its class is not ours or torch's (LoRA, quantised, ...), or its call is watched or replaced."""
     cls = type(module).__module__
     foreign = cls not in _OWN and not cls.startswith("torch.nn.modules.")
     watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
@@ -54,7 +56,7 @@ def unit(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
 
 
 class _PackedLayer:
-    """One `CosmosARDecoderLayer`: matrices with the norms before them folded in, and the scales of queries and keys [N, head_dim]."""
+    """One `CosmosARDecoderLayer`: matrices with the norms before them folded in, scales of queries and keys [N, head_dim]."""
 
     def __init__(self, layer: CosmosARDecoderLayer, config):
         def norm(of):
@@ -95,7 +97,14 @@ class PackedDecoder:
         )
 
     def states(
-        self, tokens, past: int, past_key_values, latent_shape=None, positions=None, mask=None, encoder_attention_mask=None
+        self,
+        tokens,
+        past: int,
+        past_key_values,
+        latent_shape=None,
+        positions=None,
+        mask=None,
+        encoder_attention_mask=None,
     ) -> torch.Tensor:
         """Tokens [B, S] behind `past` others -> normalised hidden states [B, S, D].
 
