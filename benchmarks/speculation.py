@@ -3,8 +3,8 @@
     python benchmarks/speculation.py --model runs/medusa9/export --data datasets/tabletop/val_iid
 
 Every contestant continues the same held-out clips from their first latent frame, greedily; the results must equal plain decoding.
-A model with 9 heads is measured with 0, 3, 6 and 9 of them. Copies come from the previous latent frame, from behind the last place
-where the latest codes stood before, or from transformers' own prompt lookup (the first such place).
+A model with 9 heads is measured with 0, 3, 6 and 9 of them. Copies come from the previous latent frame, or from transformers' own
+prompt lookup: what stood behind the latest codes when they first appeared.
 """
 
 import argparse
@@ -82,7 +82,6 @@ def contestants(model, copies: list[int]) -> dict:
     if heads:
         made[f"{heads} heads, tree"] = guessed(widths=tuple(max(1, 4 - i) for i in range(heads)))
     made |= {f"previous frame, {n} copies": guessed(draft="previous_frame", widths=(1,) * n) for n in copies}
-    made |= {f"repeat, {n} copies": guessed(draft="repeat", widths=(1,) * n) for n in copies}
     return made | {f"prompt lookup, {n} copies": looked_up(n) for n in copies}
 
 

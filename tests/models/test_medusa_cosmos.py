@@ -5,7 +5,7 @@ import torch
 
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_generation import nucleus
-from cosmos_hf.models.medusa_cosmos import _Rule, guess_tree, last_match, speculative_generate
+from cosmos_hf.models.medusa_cosmos import _Rule, guess_tree, speculative_generate
 
 SMALL = PRESETS["tiny"] | dict(vocab_size=30, embedding_size=94, medusa_num_heads=3)
 TEXT = dict(cross_attention_dim=16, absolute_positions="every_layer", bov_token_id=30)
@@ -77,21 +77,6 @@ def test_copies_of_the_previous_frame(text):
     model.lm_head.weight.data.zero_()  # every code is the first: the picture stands still
     still = speculative_generate(model, torch.zeros(1, 16 + text, dtype=torch.long), draft="previous_frame", **context)
     assert still.forward_passes == 3 and still.sequences.max() == 0  # the prompt, and 31 codes by 17 a pass
-
-
-def test_copies_of_what_followed_the_same_codes():
-    sequence = torch.tensor([1, 2, 3, 9, 1, 2, 3, 8, 2, 3, 7, 1, 2, 3])
-    assert last_match(sequence) == 7 and last_match(sequence[1:3]) is None
-    assert (
-        last_match(sequence[:11]) is None and last_match(sequence[:10]) == 7
-    )  # the latest 2 3, behind the only other 3's
-    model, prompt = build(medusa_num_heads=0), torch.randint(0, 30, (2, 20))
-    out = speculative_generate(model, prompt, draft="repeat", widths=(1,) * 5)
-    assert torch.equal(out.sequences, model.generate(prompt))
-    model.lm_head.weight.data.zero_()  # every code is the first
-    still = speculative_generate(model, torch.zeros(1, 16, dtype=torch.long), draft="repeat")
-    # One code in the first passes, and more as what may be copied grows: never past the end of what there is.
-    assert still.forward_passes < 20 and still.sequences.max() == 0
 
 
 def test_draws_have_the_distribution_of_the_network():

@@ -241,7 +241,7 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(benchmarks)
     runpy.run_path(str(benchmarks / "speculation.py"))["main"]([*flags, "--output", str(figures)])
     rows = json.loads(figures.read_text())[str(heads / "export")]
-    copies = {f"{how}, 4 copies" for how in ("previous frame", "repeat", "prompt lookup")}
+    copies = {f"{how}, 4 copies" for how in ("previous frame", "prompt lookup")}
     assert rows.keys() == {"0 heads", "2 heads", "2 heads, tree"} | copies
     assert {row["as_plain"] for row in rows.values()} == {1.0} and rows["0 heads"]["forward_passes"] == 32
 

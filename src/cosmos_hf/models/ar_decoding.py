@@ -41,7 +41,7 @@ def _altered(module: nn.Module) -> bool:
 
 def pack(weights: list[torch.Tensor], scale: torch.Tensor | None = None) -> torch.Tensor:
     """Matrices [O, I] with the same input as one, times `scale` [I], in oneDNN's order."""
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     return torch.ops.mkldnn._reorder_linear_weight(weight if scale is None else weight * scale, ROWS)
 
 
@@ -60,10 +60,10 @@ class _PackedLayer:
 
     def __init__(self, layer: CosmosARDecoderLayer, config):
         def norm(of):
-            return of.weight.detach() * config.hidden_size**0.5
+            return of.weight * config.hidden_size**0.5
 
         def head_scale(of, heads):
-            return of.weight.detach().expand(heads, -1) * config.head_dim**0.5
+            return of.weight.expand(heads, -1) * config.head_dim**0.5
 
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -83,14 +83,15 @@ class _PackedLayer:
 class PackedDecoder:
     """Stands in for a `CosmosARForCausalLM` after its prompt, as long as its weights do not change."""
 
+    @torch.no_grad()
     def __init__(self, model):
         self.config, self.model = model.config, model
         self.layers = [_PackedLayer(layer, self.config) for layer in model.model.layers]
-        self.last_norm = model.model.norm.weight.detach() * self.config.hidden_size**0.5
+        self.last_norm = model.model.norm.weight * self.config.hidden_size**0.5
         self.head = pack([model.lm_head.weight])
         self.guessers = None
         if heads := model.medusa_heads:
-            self.guessers = (pack([h.weight for h in heads]), torch.cat([h.bias for h in heads]).detach())
+            self.guessers = (pack([h.weight for h in heads]), torch.cat([h.bias for h in heads]))
         eps = self.config.rms_norm_eps
         self.floor, self.head_floor = (
             torch.tensor((size * eps) ** 0.5) for size in (self.config.hidden_size, self.config.head_dim)

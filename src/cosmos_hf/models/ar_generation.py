@@ -145,14 +145,8 @@ class CosmosARGenerationMixin(GenerationMixin):
                     "stopping criteria, return_dict_in_generate and padding, or seed torch's global generator"
                 )
             return super()._sample(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **model_kwargs,
-            )
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )  # fmt: skip
         processors, top_p = _split_top_p(logits_processor, generation_config)
         length, total = input_ids.shape[1], generation_config.max_length
         tokens = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), total - length)], dim=1)

@@ -1,8 +1,7 @@
 """Several codes per forward pass of an autoregressive world model (arXiv 2501.03575, section 5.2.4), by guessing and checking.
 
-Guesses come from Medusa heads (arXiv 2401.10774) or are copied, for much of a video stays as it was: from the same place in the
-previous latent frame, or from behind the last place where the latest codes stood before. Head i guesses the code i + 2 places
-ahead from the hidden state that the next code is predicted from; all heads share the output layer.
+Guesses come from Medusa heads (arXiv 2401.10774) or from the previous latent frame, for much of a video stays as it was. Head i
+guesses the code i + 2 places ahead from the hidden state that the next code is predicted from; all heads share the output layer.
 Guesses form a tree that one forward pass checks: what the network itself says at every node decides how deep a branch may be
 followed. With "exact" acceptance greedy results are those of `generate`, code for code, and samples have its distribution.
 
@@ -20,8 +19,7 @@ from .ar_generation import nucleus
 from .ar_layers import self_attention_cache, with_context_cache
 
 ACCEPTANCES = ("exact", "typical")
-DRAFTS = ("heads", "previous_frame", "repeat")
-LONGEST_MATCH = 3  # codes that "repeat" looks for
+DRAFTS = ("heads", "previous_frame")
 
 
 class MedusaHead(nn.Module):
@@ -106,10 +104,9 @@ def speculative_generate(
         model: `CosmosARForCausalLM`.
         input_ids: [B, S]; items are generated one after the other, since each accepts another number of guesses.
         max_new_tokens: default: the rest of the video.
-        draft: "heads" (`medusa_num_heads` > 0 is needed); "previous_frame": the codes one latent frame before; "repeat": the
-            codes that followed the last time that the latest three codes, or two, or one, stood in the video.
-        widths: guesses per head, for the first so many heads, by default one of each; for copies a 1 for every code that is
-            guessed at a time, by default 16.
+        draft: "heads" (`medusa_num_heads` > 0 is needed), or "previous_frame": the codes one latent frame before.
+        widths: guesses per head, for the first so many heads, by default one of each; for "previous_frame" a 1 for every
+            code that is guessed at a time, by default 16.
         acceptance: "exact", or "typical": also guesses whose probability is above min(epsilon, delta * exp(-entropy)), which
             departs from the network's own choice and takes fewer passes.
         temperature, top_p: 0 takes the most probable code; above, codes are drawn.
@@ -122,8 +119,8 @@ def speculative_generate(
     widths = tuple(widths or (1,) * (config.medusa_num_heads if draft == "heads" else 16))
     if draft == "heads" and len(widths) > config.medusa_num_heads:
         raise ValueError(f"widths names {len(widths)} heads, the model has {config.medusa_num_heads}")
-    if draft != "heads" and set(widths) != {1}:
-        raise ValueError(f"a copy gives one guess per code, got widths={widths}")
+    if draft == "previous_frame" and set(widths) != {1}:
+        raise ValueError(f"the previous frame gives one guess per code, got widths={widths}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(input_ids):
         raise ValueError(f"{len(generator)} generators for {len(input_ids)} sequences: give one each, or a single one")
     request = {"latent_shape": latent_shape, "encoder_hidden_states": encoder_hidden_states}
@@ -150,7 +147,7 @@ def _check_choices(config, draft: str, acceptance: str, temperature: float, top_
     if draft == "heads" and not config.medusa_num_heads:
         raise ValueError(
             "this model has no Medusa heads (medusa_num_heads=0): train them with training/train_medusa.py, or use "
-            "draft='previous_frame' or 'repeat'"
+            "draft='previous_frame'"
         )
     if temperature < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature must be >= 0 and top_p in [0, 1], got {temperature} and {top_p}")
@@ -206,15 +203,6 @@ def _uniform(generator) -> float:
 def _exponential(like: torch.Tensor, generator) -> torch.Tensor:
     device = like.device if generator is None else generator.device
     return torch.empty(like.shape, device=device).exponential_(1, generator=generator).to(like.device)
-
-
-def last_match(sequence: torch.Tensor) -> int | None:
-    """Where [S] goes on behind the last place at which its latest `LONGEST_MATCH` codes, or else fewer, stood before."""
-    for length in range(min(LONGEST_MATCH, len(sequence) - 1), 0, -1):
-        same = (sequence.unfold(0, length, 1)[:-1] == sequence[-length:]).all(dim=1).nonzero()
-        if len(same):
-            return int(same[-1]) + length
-    return None
 
 
 class _Decoder:
@@ -275,8 +263,8 @@ class _Decoder:
     def _guess(self, states: torch.Tensor, sequence: torch.Tensor, nodes: int) -> torch.Tensor:
         """Hidden state [1, 1, D] that the sequence's last code came from -> codes of the tree's first nodes [1, n], n <= nodes."""
         last = sequence[:, -1:]
-        if self.draft != "heads":
-            start = self._previous_frame(sequence) if self.draft == "previous_frame" else last_match(sequence[0])
+        if self.draft == "previous_frame":
+            start = self._previous_frame(sequence)
             return last if start is None else torch.cat([last, sequence[:, start : start + nodes - 1]], dim=1)
         widths = [self.tree.depths[:nodes].count(d) for d in range(1, 1 + max(self.tree.depths[:nodes]))]
         if not widths:

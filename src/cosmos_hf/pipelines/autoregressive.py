@@ -102,7 +102,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             temperature, top_p: how codes are drawn; top_p=0 or temperature=0 takes the most probable.
             generator: a torch generator, or one per video: then a seed gives the same video alone or in a batch.
             prompt_embeds: text embeddings [B, N, D] instead of prompts.
-            draft: "heads", "previous_frame" or "repeat" guesses several codes for each pass of the transformer
+            draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
                 (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
             output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'].
 
