@@ -32,7 +32,7 @@ def machine(argv=None) -> dict:
         processor=f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),
-        versions={name: version(name) for name in ("cosmos-hf", "torch", "diffusers")}
+        versions={name: version(name) for name in ("cosmos-hf", "torch", "diffusers", "transformers")}
         | {"python": platform.python_version()},
     )
 

@@ -1,17 +1,19 @@
-"""Forward passes and codes per second with guessed codes: Medusa heads and copies of the previous latent frame, next to none.
+"""Forward passes and codes per second with guessed codes: Medusa heads and copies, next to none.
 
-    python benchmarks/speculation.py --models runs/medusa3/export runs/medusa9/export --data datasets/tabletop/val_iid
+    python benchmarks/speculation.py --model runs/medusa9/export --data datasets/tabletop/val_iid
 
 Every contestant continues the same held-out clips from their first latent frame, greedily; the results must equal plain decoding.
+A model with 9 heads is measured with 0, 3, 6 and 9 of them. Copies come from the previous latent frame, or from transformers' own
+prompt lookup: what stood behind the latest codes when they first appeared.
 """
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import torch
+from measuring import machine, show
 
 from cosmos_hf import CosmosAutoregressivePipeline
 from cosmos_hf.data.clips import ClipDataset
@@ -55,8 +57,7 @@ def measure(prompt, inputs, work) -> tuple[torch.Tensor, int, float]:
 
 def contestants(model, copies: list[int]) -> dict:
     def plain(prompt, inputs):
-        sequences = model.generate(prompt, **inputs)
-        return sequences, sequences.shape[1] - prompt.shape[1]
+        return model.generate(prompt, **inputs), model.config.num_positions(inputs["latent_shape"]) - prompt.shape[1]
 
     def guessed(**options):
         def work(prompt, inputs):
@@ -65,24 +66,35 @@ def contestants(model, copies: list[int]) -> dict:
 
         return work
 
-    made = {"plain": plain}
-    made |= {f"{n} copies": guessed(draft="previous_frame", widths=(1,) * n) for n in copies}
-    if heads := model.config.medusa_num_heads:
-        made[f"{heads} heads, chain"] = guessed()
+    def looked_up(count):
+        def work(prompt, inputs):
+            calls = []
+            watch = model.model.register_forward_hook(lambda *_: calls.append(1))
+            sequences = model.generate(prompt, prompt_lookup_num_tokens=count, **inputs)
+            watch.remove()
+            return sequences, len(calls)
+
+        return work
+
+    heads = model.config.medusa_num_heads
+    made = {"0 heads": plain}
+    made |= {f"{n} heads": guessed(widths=(1,) * n) for n in sorted({3, 6, 9, heads}) if 0 < n <= heads}
+    if heads:
         made[f"{heads} heads, tree"] = guessed(widths=tuple(max(1, 4 - i) for i in range(heads)))
-    return made
+    made |= {f"previous frame, {n} copies": guessed(draft="previous_frame", widths=(1,) * n) for n in copies}
+    return made | {f"prompt lookup, {n} copies": looked_up(n) for n in copies}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", required=True, nargs="+", help="folders of pipelines")
+    parser.add_argument("--model", required=True, nargs="+", help="folders of pipelines")
     parser.add_argument("--data", required=True, help="held-out clips")
     parser.add_argument("--num_clips", type=int, default=4)
     parser.add_argument("--copies", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--output", default="benchmarks/results/speculation.json")
     args = parser.parse_args(argv)
     result = {}
-    for folder in args.models:
+    for folder in args.model:
         pipe = CosmosAutoregressivePipeline.from_pretrained(folder)
         prompt, inputs = prompts(pipe, args.data, args.num_clips)
         rows, expected = {}, None
@@ -95,12 +107,10 @@ def main(argv=None):
                 "codes_per_s": round(codes / seconds, 1),
                 "as_plain": round((sequences == expected).float().mean().item(), 6),
             }
-            print(f"{folder}  {name:18} {rows[name]}")
+        show([{"guesses": name, **row} for name, row in rows.items()])
         result[str(folder)] = rows
     result["settings"] = vars(args)
-    result["machine"] = (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    result["made_by"] = machine(argv)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

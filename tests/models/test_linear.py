@@ -30,6 +30,21 @@ def test_values_and_gradients(way, shape, bias):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(40, 24), (2, 3, 5, 24), (1, 17, 24)])
+def test_without_gradients(monkeypatch, shape, bias):
+    monkeypatch.setattr(module, "blas_is_slow", lambda: True)
+    monkeypatch.setattr(F, "linear", lambda *_: pytest.fail("the plain way"))
+    monkeypatch.setattr(F, "conv2d", lambda *_: pytest.fail("the way with gradients"))
+    x, weight = torch.randn(shape), torch.randn(8, 24, requires_grad=True)
+    more = torch.randn(8) if bias else None
+    expected = x @ weight.detach().T + (more if bias else 0)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, more), expected, atol=1e-5, rtol=1e-5)
+        across = x.transpose(0, 1).contiguous().transpose(0, 1)
+        torch.testing.assert_close(linear(across, weight, more), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_other_inputs_go_the_plain_way(monkeypatch):
     """Few rows, other precisions, autocast and views that are no plain batch of rows."""
     monkeypatch.setattr(module, "blas_is_slow", lambda: True)

@@ -192,7 +192,7 @@ def test_resume_is_exact(settings, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_stages_and_medusa_end_to_end(settings, clips, tmp_path):
+def test_stages_and_medusa_end_to_end(settings, clips, tmp_path, monkeypatch):
     """Codes, then text that starts from the base, then heads: each stage's export is the next one's start."""
     base = tmp_path / "base"
     run(
@@ -236,11 +236,14 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path):
     assert {"cross_entropy", "head0_cross_entropy", "head1_cross_entropy"} <= logs[0].keys()
 
     figures = tmp_path / "speculation.json"
-    flags = ["--models", str(heads / "export"), "--data", str(clips), "--num_clips", "2", "--copies", "4"]
-    runpy.run_path(str(SCRIPTS.parent / "benchmarks" / "speculation.py"))["main"]([*flags, "--output", str(figures)])
+    flags = ["--model", str(heads / "export"), "--data", str(clips), "--num_clips", "2", "--copies", "4"]
+    benchmarks = SCRIPTS.parent / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    runpy.run_path(str(benchmarks / "speculation.py"))["main"]([*flags, "--output", str(figures)])
     rows = json.loads(figures.read_text())[str(heads / "export")]
-    assert rows.keys() == {"plain", "4 copies", "2 heads, chain", "2 heads, tree"}
-    assert {row["as_plain"] for row in rows.values()} == {1.0} and rows["plain"]["forward_passes"] == 32
+    copies = {f"{how}, 4 copies" for how in ("previous frame", "prompt lookup")}
+    assert rows.keys() == {"0 heads", "2 heads", "2 heads, tree"} | copies
+    assert {row["as_plain"] for row in rows.values()} == {1.0} and rows["0 heads"]["forward_passes"] == 32
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Matrix products of linear layers where the processor's BLAS is slow.
 
 PyTorch's builds compute float32 products with MKL, which does not use the AVX-512 units of processors that are not Intel's, while
-its convolutions (oneDNN) do. There a 1x1 convolution is the same product in half the time, forwards and backwards.
+oneDNN does. There its linear layer is the same product in half the time, and with gradients, which that one has not, a 1x1
+convolution.
 """
 
 from functools import cache
@@ -32,6 +33,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     plain = plain or type(weight) not in _DENSE
     if plain or not blas_is_slow() or torch.is_autocast_enabled("cpu") or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1], channels last
     # A single thread would not take oneDNN for a 1x1 kernel, but for any that is dilated; for one of 1x1 that changes nothing else.
     y = F.conv2d(rows, weight[:, :, None, None], bias, dilation=(1, 2))

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
+from .ar_cache import ReservedCache
 from .ar_generation import nucleus
 from .ar_layers import self_attention_cache, with_context_cache
 
 ACCEPTANCES = ("exact", "typical")
 DRAFTS = ("heads", "previous_frame")
+COPIES = 4
 
 
 class MedusaHead(nn.Module):
@@ -106,7 +107,7 @@ def speculative_generate(
         max_new_tokens: default: the rest of the video.
         draft: "heads" (`medusa_num_heads` > 0 is needed), or "previous_frame": the codes one latent frame before.
         widths: guesses per head, for the first so many heads, by default one of each; for "previous_frame" a 1 for every
-            code that is guessed at a time, by default 16.
+            code that is guessed at a time, by default 4: on a processor, each node of a pass costs a further 5 to 10 %.
         acceptance: "exact", or "typical": also guesses whose probability is above min(epsilon, delta * exp(-entropy)), which
             departs from the network's own choice and takes fewer passes.
         temperature, top_p: 0 takes the most probable code; above, codes are drawn.
@@ -116,7 +117,7 @@ def speculative_generate(
     """
     config = model.config
     _check_choices(config, draft, acceptance, temperature, top_p)
-    widths = tuple(widths or (1,) * (config.medusa_num_heads if draft == "heads" else 16))
+    widths = tuple(widths or (1,) * (config.medusa_num_heads if draft == "heads" else COPIES))
     if draft == "heads" and len(widths) > config.medusa_num_heads:
         raise ValueError(f"widths names {len(widths)} heads, the model has {config.medusa_num_heads}")
     if draft == "previous_frame" and set(widths) != {1}:
@@ -129,11 +130,12 @@ def speculative_generate(
     model._check_request(input_ids, request)
     count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
     rule = _Rule(acceptance, temperature, top_p, epsilon, delta)
+    packed = model._packed_decoder(len(input_ids) * count)
     rows, passes = [], 0
     for i in range(len(input_ids)):
         own = {n: v[i : i + 1] if isinstance(v, torch.Tensor) else v for n, v in request.items()}
         source = generator[i] if isinstance(generator, (list, tuple)) else generator
-        decoder = _Decoder(model, guess_tree(widths), draft, rule, source, own)
+        decoder = _Decoder(model, packed, guess_tree(widths), draft, rule, source, own)
         rows.append(decoder.run(input_ids[i : i + 1], count, streamer))
         passes += decoder.passes
     return SpeculativeOutput(torch.cat(rows), passes)
@@ -207,10 +209,11 @@ def _exponential(like: torch.Tensor, generator) -> torch.Tensor:
 class _Decoder:
     """One sequence: a cache, and the loop of guessing, checking and keeping."""
 
-    def __init__(self, model, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
-        self.model, self.tree, self.draft, self.rule = model, tree, draft, rule
+    def __init__(self, model, packed, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
+        self.model, self.packed, self.tree, self.draft, self.rule = model, packed, tree, draft, rule
         self.generator, self.inputs, self.passes = generator, inputs, 0
-        self.cache = with_context_cache(DynamicCache(config=model.config), model.config)
+        capacity = model.config.num_positions(inputs.get("latent_shape")) + len(tree.parents)
+        self.cache = with_context_cache(ReservedCache(model.config, capacity), model.config)
         self.seen = tree.ancestors().to(model.device)
         self.depths = torch.tensor(tree.depths, device=model.device)
         self.children = [
@@ -238,43 +241,55 @@ class _Decoder:
             streamer.end()
         return sequence[:, :end]
 
-    def _forward(self, tokens: torch.Tensor, **more) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, past: int = 0, positions=None, mask=None) -> torch.Tensor:
+        """Tokens [1, S] behind `past` others, mask: bool [S, past + S] -> hidden states [1, S, D]."""
         self.passes += 1
-        out = self.model.model(tokens, past_key_values=self.cache, use_cache=True, **self.inputs, **more)
+        if past and self.packed is not None:
+            return self.packed.states(tokens, past, self.cache, positions=positions, mask=mask, **self.inputs)
+        if mask is not None:
+            mask = mask[None, None]
+            if self.model.config._attn_implementation == "eager":
+                hidden = torch.finfo(self.model.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, hidden)
+        out = self.model.model(
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self.inputs
+        )  # fmt: skip
         self.inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
         return out.last_hidden_state
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(states)[..., : self.model.config.codebook_size].float()
+        logits = self.model.lm_head(states) if self.packed is None else self.packed.scores(states)
+        return logits[..., : self.model.config.codebook_size].float()
 
     def _guess(self, states: torch.Tensor, sequence: torch.Tensor, nodes: int) -> torch.Tensor:
         """Hidden state [1, 1, D] that the sequence's last code came from -> codes of the tree's first nodes [1, n], n <= nodes."""
         last = sequence[:, -1:]
         if self.draft == "previous_frame":
-            config = self.model.config
-            _, height, width = self.inputs.get("latent_shape") or config.latent_shape
-            start = sequence.shape[1] - height * width
-            if start < (config.bov_token_id is not None):
-                return last  # the first latent frame has none before it
-            return torch.cat([last, sequence[:, start : start + min(nodes - 1, height * width)]], dim=1)
+            start = self._previous_frame(sequence)
+            return last if start is None else torch.cat([last, sequence[:, start : start + nodes - 1]], dim=1)
         widths = [self.tree.depths[:nodes].count(d) for d in range(1, 1 + max(self.tree.depths[:nodes]))]
         if not widths:
             return last
-        heads = [head(states) for head in self.model.medusa_heads[: len(widths)]]
-        scores = self._scores(torch.cat(heads, dim=1))
+        if self.packed is None:
+            scores = self._scores(torch.cat([head(states) for head in self.model.medusa_heads[: len(widths)]], dim=1))
+        else:
+            scores = self.packed.guesses(states, len(widths))[..., : self.model.config.codebook_size]
         return torch.cat([last, *(scores[:, i].topk(width).indices for i, width in enumerate(widths))], dim=1)
+
+    def _previous_frame(self, sequence: torch.Tensor) -> int | None:
+        """Where the next place stands in the latent frame before; None in the first."""
+        config = self.model.config
+        _, height, width = self.inputs.get("latent_shape") or config.latent_shape
+        start = sequence.shape[1] - height * width
+        return None if start < (config.bov_token_id is not None) else start
 
     def _check(self, guesses: torch.Tensor, past: int):
         """One forward pass over the tree -> (state behind the last accepted node, accepted codes [1, n], the code after them)."""
         nodes = guesses.shape[1]
         mask = None
         if nodes > 1:
-            mask = torch.cat([self.seen.new_ones(nodes, past), self.seen[:nodes, :nodes]], dim=1)[None, None]
-            if self.model.config._attn_implementation == "eager":
-                hidden = torch.finfo(self.model.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, hidden)
-        positions = (past + self.depths[:nodes])[None]
-        states = self._forward(guesses, attention_mask=mask, position_ids=positions)
+            mask = torch.cat([self.seen.new_ones(nodes, past), self.seen[:nodes, :nodes]], dim=1)
+        states = self._forward(guesses, past, (past + self.depths[:nodes])[None], mask)
         scores, codes = self._scores(states)[0], guesses[0].tolist()
         path = [0]
         while True:
@@ -289,15 +304,9 @@ class _Decoder:
 
     def _keep(self, past: int, path: list[int], nodes: int):
         """Leave in the cache what was accepted."""
-        if path == list(range(nodes)):
-            return
-        cache = self_attention_cache(self.cache)
-        index = torch.tensor([past + node for node in path])
-        in_place = path == list(range(len(path)))
-        for layer in cache.layers:
-            if in_place:
-                layer.keys = layer.keys[:, :, : past + len(path)]
-                layer.values = layer.values[:, :, : past + len(path)]
+        kept = len(path)
+        for layer in self_attention_cache(self.cache).layers:
+            if path == list(range(kept)):
+                layer.crop(kept - nodes)
             else:
-                rows = torch.cat([torch.arange(past), index]).to(layer.keys.device)
-                layer.keys, layer.values = layer.keys[:, :, rows], layer.values[:, :, rows]
+                layer.keep(past, past + torch.tensor(path, device=layer.keys.device))
