@@ -71,9 +71,9 @@ def withdraw_conditions(model, **changes):
         model.model.action_embed = None
 
 
-def added_parts(changes: dict) -> tuple[str, ...]:
-    """How the names of the modules begin, behind their layer's, that `changes` adds."""
-    return tuple(_ATTENTION[field] for field in changes if field in _ATTENTION)
+def added_parts(fields) -> tuple[str, ...]:
+    """The attention in each layer that these fields of the config add, by its name there."""
+    return tuple(_ATTENTION[field] for field in fields if field in _ATTENTION)
 
 
 def added_weights(model, changes: dict) -> dict[str, torch.Tensor]:

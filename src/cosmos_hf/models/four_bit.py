@@ -55,6 +55,8 @@ def _layer_class() -> type[nn.Linear]:
                 linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, device="meta"
             )
             layer.bias = linear.bias
+            # Else the first evaluation on some processors would repack the weights, and fail for sizes that do not suit it.
+            layer.support_avx512bf16_for_cpu = False
             weight = linear.weight.detach()
             layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
             if weight.device.type != "meta":

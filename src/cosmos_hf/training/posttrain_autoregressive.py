@@ -13,7 +13,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from ..conditioning.action import ActionSpec, group_actions
-from ..models.ar_conditions import added_parts, extend_conditions
+from ..models.ar_conditions import ADDABLE, added_parts, added_weights, extend_conditions, has_condition
 from ..models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED
 from .adaptation import (
@@ -127,14 +127,15 @@ def build_model(config: ARPosttrainConfig, spec: ActionSpec | None, temporal: in
     if config.lora_rank:
         freeze(transformer, config)
 
+    absent = [name for name in ADDABLE if not has_condition(transformer, name)]
+
     def prepare():
         extend_conditions(transformer, **changes)
         if config.lora_rank:
-            added = added_parts(changes)
-            add_lora(transformer, config, "model.layers", added)
-            for name, parameter in transformer.named_parameters():
-                if "action_embed" in name or any(f".{part}" in name for part in added):
-                    parameter.requires_grad_(True)
+            # No LoRA in what the base lacks, though another adapter may bring it one day.
+            add_lora(transformer, config, "model.layers", added_parts(absent))
+            for name in added_weights(transformer, changes):
+                transformer.get_parameter(name).requires_grad_(True)
 
     check_step_zero(transformer, prepare)
     if config.gradient_checkpointing:
