@@ -4,10 +4,13 @@
 
 For every set: the tokenizer's reconstruction, and the future predicted from 1 and from 9 frames with the clip's caption as
 the prompt and the clip's index as the seed, against "copy the last frame" and "mean frame" (see cosmos_hf.evaluation).
+`--instructions` asks of clips of the table-top world with one frame given whether the right object moves the right way, also
+with another instruction for the same frame; `--adapter` loads what training/posttrain.py made.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from tqdm import tqdm
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
+from cosmos_hf.evaluation.instructions import evaluate_instructions
 from cosmos_hf.evaluation.perceptual import PerceptualDistance
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
 from cosmos_hf.evaluation.worlds import score_future, summarise_futures
@@ -25,10 +29,12 @@ from cosmos_hf.pipelines.scripting import provenance, report
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=nano_path("video2world"))
+    parser.add_argument("--adapter", help="folder of an adapter for it, of one that needs no actions or cameras")
     parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
     parser.add_argument("--output", default="outputs/evaluation.json")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set")
     parser.add_argument("--conditioning_frames", type=int, nargs="+", default=[1, 9])
+    parser.add_argument("--instructions", action="store_true", help="also judge whether instructions are followed")
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--no_perceptual", action="store_true", help="leave out the learned distance (extra `eval`)")
@@ -37,6 +43,8 @@ def main(argv=None):
     with report(parser):
         pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model).to(args.device)
         pipe.set_progress_bar_config(disable=True)
+        if args.adapter:
+            pipe.load_lora_weights(args.adapter)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, pipe)}
         for path in args.data:
@@ -50,6 +58,8 @@ def main(argv=None):
             for count in args.conditioning_frames:
                 sheet = Path(args.output).with_suffix("") / f"{Path(path).name}-{count}.png"
                 entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
+            if args.instructions:
+                entry["instructions"] = evaluate_instructions(partial(future, pipe, args, 1), samples)
             figures[Path(path).name] = entry
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
@@ -64,16 +74,7 @@ def futures(pipe, samples: list[dict], count: int, args, sheet: Path) -> dict:
     """Predict every sample's future from `count` frames; summary of the scores, and the best and worst as a contact sheet."""
     scores, videos = [], []
     for seed, sample in enumerate(tqdm(samples, desc=f"{sample_set(samples)}, {count} frames", unit="clip")):
-        result = pipe(
-            video=sample["video"][:, :count],
-            prompt=sample["caption"],
-            num_conditioning_frames=count,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        )
-        generated = result.frames.transpose(1, 2).float().cpu() * 2 - 1
+        generated = future(pipe, args, count, sample, sample["caption"], seed)[None]
         masks = sample["masks"][None] if "masks" in sample else None
         scores.append(score_future(generated, to_float(sample["video"])[None], count, masks))
         videos.append(to_uint8(generated[0]))
@@ -85,6 +86,20 @@ def futures(pipe, samples: list[dict], count: int, args, sheet: Path) -> dict:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows, [f"frame {t}" for t in shown]).save(sheet)
     return summarise_futures(scores)
+
+
+def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> torch.Tensor:
+    """One generated video [3, T, H, W] in [-1, 1] that begins with `count` frames of the sample's."""
+    result = pipe(
+        video=sample["video"][:, :count],
+        prompt=caption,
+        num_conditioning_frames=count,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )
+    return result.frames[0].transpose(0, 1).float().cpu() * 2 - 1
 
 
 def sample_set(samples: list[dict]) -> str:

@@ -1,6 +1,6 @@
-"""Whether a generated table-top clip does what its instruction says (arXiv 2501.03575, section 6.2): the right object, the right way.
+"""Whether a generated table-top clip does what its instruction says (arXiv 2501.03575, section 6.2): right object, right way.
 
-Judged by geometry alone. Where the objects stand before anything is generated, and their colours there, is known from the simulator;
+Judged by geometry alone. Where the objects stand before anything is generated, and their colours there, is known;
 each is followed by its colour through the generated frames, and its path in the picture is turned into one on the table
 by the camera. Captions name the object and the direction as the camera sees it, so both can be checked.
 
@@ -19,8 +19,9 @@ DIRECTIONS = ("to the right", "to the left", "away from the camera", "towards th
 OPPOSITE = dict(zip(DIRECTIONS, (DIRECTIONS[1], DIRECTIONS[0], DIRECTIONS[3], DIRECTIONS[2]), strict=True))
 TRUE_MOVE, TRUE_RISE = 0.03, 0.06  # metres, by the simulator's state: instructions with less are not scored
 SEEN_MOVE, SEEN_RISE = 0.02, 0.03  # metres, in the picture: less is no motion
+WAY = 0.5  # cosine between a motion and the direction told: within 60 degrees, as captions round to 90
 REACH = 0.12  # of the frame's width: how far an object gets from one frame to the next
-LEAST_SEEN = 0.15  # of an object's pixels: with fewer it is hidden, and taken to rest
+LEAST_SEEN = 0.35  # of an object's pixels: with fewer it is hidden, and taken to rest
 
 _PUSH = re.compile(rf"pushes the (\w+ \w+) (?:off the table )?({'|'.join(DIRECTIONS)})")
 _PICK = re.compile(r"picks up the (\w+ \w+)")
@@ -128,14 +129,16 @@ class Table:
         per_metre = (self.project(up) - self.project(point)) / 0.01
         return float((end - start).double() @ per_metre / per_metre.square().sum())
 
-    def direction(self, move: torch.Tensor) -> str:
-        """Words for a displacement [3], as captions have them."""
+    def share(self, move: torch.Tensor, direction: str) -> float:
+        """Cosine between a displacement [3], seen from above, and a direction in the words of captions."""
         right, ahead = self.rotation[0][:2], self.rotation[2][:2] / self.rotation[2][:2].norm()
-        across, away = float(move[:2].double() @ right), float(move[:2].double() @ ahead)
-        return DIRECTIONS[int(across < 0)] if abs(across) > abs(away) else DIRECTIONS[2 + int(away < 0)]
+        way = dict(zip(DIRECTIONS, (right, -right, ahead, -ahead), strict=True))[direction]
+        return float(move[:2].double() @ way / move[:2].norm().clamp(min=1e-9))
 
     def _at(self, place: torch.Tensor, height: float) -> torch.Tensor:
-        ray = self.rotation.T @ torch.linalg.solve(self.intrinsics, torch.cat([place.double(), torch.ones(1).double()]))
+        ray = self.rotation.T @ torch.linalg.solve(
+            self.intrinsics, torch.cat([place.double(), torch.ones(1).double()])
+        )
         return self.eye + ray * (height - self.eye[2]) / ray[2]
 
 
@@ -157,7 +160,8 @@ def is_fulfilled(sample: dict, instruction: Instruction, given: int) -> bool:
     if instruction.direction is None:
         return float((path[:, 2] - path[0, 2]).max()) > TRUE_RISE
     far = float(move[:2].norm()) > TRUE_MOVE and float(path[:, 2].min()) > 0
-    return far and _table(sample).direction(move) == instruction.direction
+    table = _table(sample)
+    return far and max(DIRECTIONS, key=lambda words: table.share(move, words)) == instruction.direction
 
 
 def score_instruction(video: torch.Tensor, sample: dict, instruction: Instruction, given: int) -> dict[str, float]:
@@ -177,9 +181,13 @@ def score_instruction(video: torch.Tensor, sample: dict, instruction: Instructio
         right_way = max(table.rise(paths[named, 0], place, points[named]) for place in paths[named]) > SEEN_RISE
     else:
         move = table.move(paths[named, 0], paths[named, -1], float(points[named, 2]))
-        right_way = float(move[:2].norm()) > SEEN_MOVE and table.direction(move) == instruction.direction
+        right_way = float(move[:2].norm()) > SEEN_MOVE and table.share(move, instruction.direction) > WAY
     right_object = moves[named] > SEEN_MOVE and moves[named] == max(moves)
-    return {"object": float(right_object), "direction": float(right_way), "followed": float(right_object and right_way)}
+    return {
+        "object": float(right_object),
+        "direction": float(right_way),
+        "followed": float(right_object and right_way),
+    }
 
 
 def _farthest(path: torch.Tensor, table: Table, point: torch.Tensor) -> float:
