@@ -1,4 +1,4 @@
-"""`pipelines/evaluate_tokenizer.py` as a user runs it; what it says of bad input."""
+"""`pipelines/evaluate_tokenizer.py` and `evaluate_model.py` as a user runs them; what they say of bad input."""
 
 import importlib.util
 import json
@@ -6,14 +6,20 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from cosmos_hf import nano_path
+from cosmos_hf import CosmosAutoregressivePipeline, nano_path
 from cosmos_hf.data.real_media import MEDIA
 from cosmos_hf.data.video import read_video, write_video
-from cosmos_hf.models.autoencoder_cosmos_image import PRESETS, CosmosImageTokenizer
+from cosmos_hf.models.ar_cosmos import PRESETS as AR_PRESETS
+from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
+from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.models.autoencoder_cosmos_image import PRESETS as IMAGE_PRESETS
+from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "evaluate_tokenizer.py"
+WORLD_SCRIPT = SCRIPT.with_name("evaluate_model.py")
 
 
 def run(*arguments):
@@ -42,7 +48,7 @@ def test_clips_and_pictures(tmp_path, capsys):
 def test_image_tokenizer_on_real_footage(tmp_path, monkeypatch):
     for name in set(MEDIA) - {"coffee"}:
         monkeypatch.delitem(MEDIA, name)
-    tokenizer = CosmosImageTokenizer(**PRESETS["tiny"] | dict(quantizer="fsq", latent_channels=6))
+    tokenizer = CosmosImageTokenizer(**IMAGE_PRESETS["tiny"] | dict(quantizer="fsq", latent_channels=6))
     tokenizer.save_pretrained(tmp_path / "model")
     options = ("--height", 48, "--width", 64, "--num_frames", 3, "--num_clips", 1, "--no_perceptual", "--no_progress")
     run("--model", tmp_path / "model", "--real", "--output", tmp_path / "out.json", *options)
@@ -65,3 +71,25 @@ def test_bad_input_is_a_message_and_not_a_stack_trace(arguments, message, capsys
         run(*arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ---- world models ------------------------------------------------------------------------------------------------------
+
+
+def test_an_autoregressive_model_beside_still_pictures(tmp_path):
+    """Figures of an untrained model: a perplexity near the number of codes, a time, and what still pictures reach."""
+    torch.manual_seed(0)
+    vae = CosmosVideoTokenizer(**PRESETS["tiny-discrete"]).eval()
+    transformer = CosmosARForCausalLM(CosmosARConfig(**AR_PRESETS["tiny"])).eval()
+    pipe = CosmosAutoregressivePipeline(vae, transformer, num_frames=9, height=32, width=32, fps=5)
+    pipe.save_pretrained(tmp_path / "model")
+    for i in range(2):
+        clip = read_video(f"{nano_path('video2world')}/example.mp4").frames[:, i : i + 9, :32, 32:64]
+        write_video(tmp_path / "clips" / f"{i}.mp4", clip.contiguous(), fps=5)
+    options = ("--conditioning_frames", "1", "--no_perceptual", "--top_p", "0.5")
+    given = ("--model", tmp_path / "model", "--data", tmp_path / "clips", "--output", tmp_path / "out.json", *options)
+    runpy.run_path(str(WORLD_SCRIPT))["main"]([str(value) for value in given])
+    figures = json.loads((tmp_path / "out.json").read_text())["clips"]["from_1_frames"]
+    assert 500 < figures["perplexity"] < 2000 and figures["seconds_per_generated_second"] > 0
+    assert figures["model"]["psnr"]["mean"]["count"] == 2 and figures["copy_last_frame"]["psnr"]["mean"]["mean"] > 15
+    assert (tmp_path / "out" / "clips-1.png").exists()

@@ -2,6 +2,8 @@
 
     python training/bundle_model.py --export runs/nano_video2world/export --clips datasets/tabletop/val_iid --clip 3 \\
         --target src/cosmos_hf/nano/nano-video2world-tabletop
+
+An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16, without a clip.
 """
 
 import argparse
@@ -10,24 +12,46 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from cosmos_hf import CosmosVideo2WorldPipeline, preflight
+from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, preflight
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
+
+PIPELINES = {c.__name__: c for c in (CosmosVideo2WorldPipeline, CosmosAutoregressivePipeline)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", required=True)
-    parser.add_argument("--clips", required=True, help="held-out set that the example comes from")
+    parser.add_argument("--export", required=True, help="folder of a pipeline or of an adapter")
+    parser.add_argument("--clips", help="held-out set that a pipeline's example comes from")
     parser.add_argument("--clip", type=int, default=0, help="its index there")
     parser.add_argument("--target", required=True)
     args = parser.parse_args(argv)
-    target = Path(args.target)
+    export, target = Path(args.export), Path(args.target)
+    is_pipeline = (export / "model_index.json").exists()
+    if is_pipeline and not args.clips:
+        parser.error("a pipeline needs --clips for its example")
     shutil.rmtree(target, ignore_errors=True)
-    pipe = CosmosVideo2WorldPipeline.from_pretrained(args.export)
+    if is_pipeline:
+        num_frames = bundle_pipeline(export, target)
+        sample = ClipDataset(args.clips, num_frames=num_frames, random=False)[args.clip]
+        metadata = {"caption": sample["caption"], "clip": sample["key"]}
+        write_video(target / "example.mp4", sample["video"], sample["fps"], metadata, crf=12)
+    else:
+        bundle_adapter(export, target)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(f"{target}: {size / 2**20:.1f} MiB")
+
+
+def bundle_pipeline(export: Path, target: Path) -> int:
+    """Returns the number of frames of its videos."""
+    name = json.loads((export / "model_index.json").read_text())["_class_name"]
+    pipe = PIPELINES[name].from_pretrained(export)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
-        part.to(torch.bfloat16)
+        if part is not None:
+            part.to(torch.bfloat16)
     pipe.save_pretrained(target)
     for file in (*target.rglob("*config.json"), target / "model_index.json"):
         values = json.loads(file.read_text())
@@ -35,13 +59,22 @@ def main(argv=None):
         file.write_text(json.dumps(values, indent=2) + "\n")
     # transformers 5 writes a class name that transformers 4 does not have; this one exists in both.
     for file in (target / "model_index.json", target / "tokenizer" / "tokenizer_config.json"):
-        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    preflight(target, record=True)
-    sample = ClipDataset(args.clips, num_frames=pipe.config.num_frames, random=False)[args.clip]
-    metadata = {"caption": sample["caption"], "clip": sample["key"]}
-    write_video(target / "example.mp4", sample["video"], sample["fps"], metadata, crf=12)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{target}: {size / 2**20:.1f} MiB; example: {sample['caption']}")
+        if file.exists():
+            file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    if name == "CosmosVideo2WorldPipeline":
+        preflight(target, record=True)
+    return pipe.config.num_frames
+
+
+def bundle_adapter(export: Path, target: Path):
+    target.mkdir(parents=True)
+    for file in export.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target)
+            continue
+        with safe_open(file, "pt") as stored:
+            tensors = {key: stored.get_tensor(key).to(torch.bfloat16) for key in stored.keys()}  # noqa: SIM118
+            save_file(tensors, target / file.name, stored.metadata())
 
 
 if __name__ == "__main__":

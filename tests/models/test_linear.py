@@ -13,7 +13,7 @@ from cosmos_hf.models.linear import Linear, blas_is_slow, linear, speed_up
 def way(request, monkeypatch):
     monkeypatch.setattr(module, "blas_is_slow", lambda: request.param)
     calls = []
-    monkeypatch.setattr(F, "conv2d", lambda *args, conv2d=F.conv2d: calls.append(1) or conv2d(*args))
+    monkeypatch.setattr(F, "conv2d", lambda *args, conv2d=F.conv2d, **how: calls.append(1) or conv2d(*args, **how))
     yield request.param
     assert bool(calls) == request.param
 

@@ -146,7 +146,12 @@ def test_noise_on_the_latents_reaches_the_decoder_only_in_training(clips, tmp_pa
     noise = (decoded[2] - decoded[0]).flatten(1).std(1) / 2
     assert (noise > 0.01).all() and (noise < 0.5 * 1.1).all() and abs(noise[0] - noise[1]) > 0.01
     config = settings(
-        clips, tmp_path / "run", init_from=str(tmp_path / "continuous"), freeze_encoder=True, latent_noise=0.5
+        clips,
+        tmp_path / "run",
+        init_from=str(tmp_path / "continuous"),
+        freeze_encoder=True,
+        latent_noise=0.5,
+        max_steps=3,
     )
     run(config)
     with pytest.raises(ValueError, match="latent_noise is for continuous tokenizers"):
@@ -220,3 +225,31 @@ def test_joint_batches_of_clips_and_pictures(clips, tmp_path):
 def test_mistakes_are_refused(clips, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         build_model(settings(clips, tmp_path, **more))
+
+
+# ---- a discrete tokenizer from a continuous one --------------------------------------------------------------------------
+
+
+def test_discrete_start_keeps_what_the_codes_can_hold(clips, tmp_path):
+    """16 latent channels of noise-like clips in 4 codes: far from exact, and better than the constant of equal size."""
+    torch.manual_seed(0)
+    base = run(settings(clips, tmp_path / "base", max_steps=12))
+    export(base, tmp_path / "base" / "export")
+    config = settings(clips, tmp_path / "run", init_from=str(tmp_path / "base" / "export"), fsq_levels=[5, 8, 5, 5])
+    model, video = build_model(config), to_float(build_dataset(config)[0, 0]["video"])[None]
+    assert model.config.quantizer == "fsq" and model.config.latent_channels == 4
+    coded = model.encode(video)
+    assert coded.indices.unique().numel() > 5 and model.encoder.conv_in[0].weight.equal(base.encoder.conv_in[0].weight)
+
+    def error(sample):
+        return (sample - video).square().mean()
+
+    continuous, constant = base.decode(base.encode(video).latents), base.decode(0 * base.encode(video).latents)
+    assert error(continuous.sample) < error(model.decode(coded.latents).sample) < error(constant.sample)
+    model.save_pretrained(tmp_path / "discrete")
+    with pytest.raises(ValueError, match="for a discrete one"):
+        build_model(replace(config, init_from=str(tmp_path / "discrete")))
+    with pytest.raises(ValueError, match="at most as many levels as latent channels"):
+        build_model(replace(config, fsq_levels=[5] * 17))
+    with pytest.raises(ValueError, match="fsq_levels needs init_from"):
+        replace(config, init_from="")

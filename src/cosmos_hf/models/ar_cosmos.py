@@ -39,7 +39,7 @@ from .strict_loading import StrictLoadingMixin
 _YARN = dict(yarn_scale=2.0, yarn_original_shape=(3, 40, 64))
 _TEXT = dict(cross_attention_dim=1024, absolute_positions="every_layer", bov_token_id=64000, embedding_size=64064)
 _LARGE = dict(hidden_size=5120, num_hidden_layers=40)
-_NANO = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
+_NANO = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
 # Sizes by the name of the published model; `CosmosARConfig(**PRESETS["4b"])`. The nano models go with the tokenizer
 # "nano-discrete" (4375 codes, 4x8x8; 17 frames of 96x128), the tiny one with "tiny-discrete".
 PRESETS = {
@@ -47,9 +47,9 @@ PRESETS = {
     "5b-video2world": dict(**_TEXT),
     "12b": dict(**_LARGE, **_YARN),
     "13b-video2world": dict(**_LARGE, **_YARN, **_TEXT),
-    "nano": dict(**_NANO, vocab_size=4375, latent_shape=(5, 12, 16), head_dim=32),
+    "nano": dict(**_NANO, vocab_size=4375, latent_shape=(5, 12, 16), head_dim=64),
     "nano-video2world": dict(
-        **_NANO, vocab_size=4375, embedding_size=4439, latent_shape=(5, 12, 16), head_dim=32,
+        **_NANO, vocab_size=4375, embedding_size=4439, latent_shape=(5, 12, 16), head_dim=64,
         cross_attention_dim=128, absolute_positions="every_layer", bov_token_id=4375,
     ),
     "tiny": dict(
@@ -326,7 +326,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, PeftAdapterMixin, CosmosARPreTrain
         self.model = CosmosARModel(config)
         self.lm_head = projection(config.hidden_size, config.vocab_size, config.hidden_size**-0.5)
         self.medusa_heads = nn.ModuleList([MedusaHead(config.hidden_size) for _ in range(config.medusa_num_heads)])
-        speed_up(self.model)  # not the output layer, where memory is what matters
+        speed_up(self)
         self.post_init()
 
     @property
