@@ -191,5 +191,5 @@ def language_step(transformer, latent_shape, batch_size: int, text_length: int) 
         given["actions"] = torch.zeros(batch_size, latent_shape[0], config.action_dim)
     embeds = torch.zeros(batch_size, length, config.hidden_size)
     states = transformer.model(inputs_embeds=embeds, latent_shape=latent_shape, use_cache=False, **given)
-    labels = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    labels = torch.zeros(batch_size, length, dtype=torch.long)
     return chunked_loss(transformer.lm_head, states.last_hidden_state, labels, config.z_loss_weight).total
