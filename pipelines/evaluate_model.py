@@ -5,12 +5,16 @@
 For every set: the tokenizer's reconstruction, and the future predicted from 1 and from 9 frames with the clip's caption as
 the prompt and the clip's index as the seed, against "copy the last frame" and "mean frame" (see cosmos_hf.evaluation). The
 model is a diffusion or an autoregressive one; of an autoregressive one also the perplexity of the true codes is given.
+`--instructions` asks of clips of the table-top world with one frame given whether the right object moves the right way, also
+with another instruction for the same frame. `--adapter` loads what training/posttrain.py made; actions and cameras that it takes
+are those of the clips.
 """
 
 import argparse
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +24,12 @@ from tqdm import tqdm
 from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
+from cosmos_hf.evaluation.instructions import evaluate_instructions
 from cosmos_hf.evaluation.perceptual import PerceptualDistance
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
 from cosmos_hf.evaluation.worlds import score_future, summarise_futures
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
+from cosmos_hf.pipelines.conditions import action_vectors
 from cosmos_hf.pipelines.encode import encode_prompts
 from cosmos_hf.pipelines.scripting import provenance, report
 
@@ -33,10 +39,12 @@ PIPELINES = {c.__name__: c for c in (CosmosVideo2WorldPipeline, CosmosAutoregres
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=nano_path("video2world"))
+    parser.add_argument("--adapter", help="folder of an adapter, as training/posttrain.py writes it")
     parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
     parser.add_argument("--output", default="outputs/evaluation.json")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set")
     parser.add_argument("--conditioning_frames", type=int, nargs="+", default=[1, 9])
+    parser.add_argument("--instructions", action="store_true", help="also judge whether instructions are followed")
     parser.add_argument("--num_inference_steps", type=int, help="diffusion models")
     parser.add_argument("--guidance_scale", type=float, help="diffusion models")
     parser.add_argument("--temperature", type=float, help="autoregressive models")
@@ -47,6 +55,8 @@ def main(argv=None):
     with report(parser):
         pipe = load(args.model).to(args.device)
         pipe.set_progress_bar_config(disable=True)
+        if args.adapter:
+            pipe.load_lora_weights(args.adapter)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, pipe)}
         for path in args.data:
@@ -62,6 +72,8 @@ def main(argv=None):
                 entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
                 if isinstance(pipe, CosmosAutoregressivePipeline):
                     entry[f"from_{count}_frames"]["perplexity"] = perplexity(pipe, samples, count)
+            if args.instructions:
+                entry["instructions"] = evaluate_instructions(partial(future, pipe, args, 1), samples)
             figures[Path(path).name] = entry
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
@@ -83,23 +95,10 @@ def reconstructor(vae):
 def futures(pipe, samples: list[dict], count: int, args, sheet: Path) -> dict:
     """Predict every sample's future from `count` frames; summary of the scores, and the best and worst as a contact sheet."""
     scores, videos, took = [], [], []
-    if isinstance(pipe, CosmosAutoregressivePipeline):
-        options = dict(temperature=args.temperature, top_p=args.top_p)
-    else:
-        options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
-    takes_text = pipe.text_encoder is not None
     for seed, sample in enumerate(tqdm(samples, desc=f"{sample_set(samples)}, {count} frames", unit="clip")):
         started = time.perf_counter()
-        result = pipe(
-            video=sample["video"][:, :count],
-            prompt=sample["caption"] if takes_text else None,
-            num_conditioning_frames=count,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-            **options,
-        )
+        generated = future(pipe, args, count, sample, sample["caption"], seed)[None]
         took.append(time.perf_counter() - started)
-        generated = result.frames.transpose(1, 2).float().cpu() * 2 - 1
         masks = sample["masks"][None] if "masks" in sample else None
         scores.append(score_future(generated, to_float(sample["video"])[None], count, masks))
         videos.append(to_uint8(generated[0]))
@@ -128,10 +127,35 @@ def perplexity(pipe: CosmosAutoregressivePipeline, samples: list[dict], count: i
         text = None
         if pipe.text_encoder is not None:
             text, _ = encode_prompts(pipe, sample["caption"], None, None, None, 1, False, pipe.device)
-        logits = pipe.transformer(tokens, latent_shape=tuple(codes.shape[1:]), encoder_hidden_states=text).logits
+        given = dict(latent_shape=tuple(codes.shape[1:]), encoder_hidden_states=text)
+        if "actions" in pipe.transformer.conditions:
+            given["actions"] = action_vectors(pipe, sample["actions"], sample["video"].shape[1], sample["fps"]).to(
+                pipe.device
+            )
+        logits = pipe.transformer(tokens, **given).logits
         total += F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum").item()
         targets += int((labels[:, 1:] != IGNORED).sum())
     return math.exp(total / targets)
+
+
+def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> torch.Tensor:
+    """One generated video [3, T, H, W] in [-1, 1] that begins with `count` frames of the sample's."""
+    if isinstance(pipe, CosmosAutoregressivePipeline):
+        options = dict(temperature=args.temperature, top_p=args.top_p)
+    else:
+        options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    takes_text = pipe.text_encoder is not None
+    conditions = {name: sample[name] for name in ("actions", "camera") if name in pipe.transformer.conditions}
+    result = pipe(
+        video=sample["video"][:, :count],
+        prompt=caption if takes_text else None,
+        num_conditioning_frames=count,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **options,
+        **conditions,
+    )
+    return result.frames[0].transpose(0, 1).float().cpu() * 2 - 1
 
 
 def sample_set(samples: list[dict]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from cosmos_hf.training import autoregressive, diffusion, medusa, posttrain, tokenizer
+from cosmos_hf.training import autoregressive, diffusion, medusa, posttrain, posttrain_autoregressive, tokenizer
 from cosmos_hf.training.config import TokenizerConfig, parse
 
 FILES = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
@@ -31,9 +31,11 @@ def test_config_builds(path):
         "diffusion": (diffusion, diffusion.DiffusionConfig),
         "autoregressive": (autoregressive, autoregressive.AutoregressiveConfig),
         "medusa": (medusa, medusa.MedusaConfig),
-        "posttrain": (posttrain, posttrain.PosttrainConfig),
+        "posttrain diffusion": (posttrain, posttrain.PosttrainConfig),
+        "posttrain autoregressive": (posttrain_autoregressive, posttrain_autoregressive.ARPosttrainConfig),
     }
-    family, settings_class = kinds["posttrain" if "conditions" in settings else settings.get("family")]
+    family = settings.get("family")
+    family, settings_class = kinds[f"posttrain {family}" if "conditions" in settings else family]
     config = parse(settings_class, ["--config", str(path)])
     for name, value in settings.items():
         assert getattr(config, name) == value, name

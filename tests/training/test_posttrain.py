@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from cosmos_hf.conditioning.action import BRIDGE, ActionSpec
@@ -192,7 +193,7 @@ def test_step_zero_is_the_base_and_coverage_is_told(make, base, caplog):
 
 def test_a_start_that_is_not_the_base_stops_the_run(base):
     transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
-    with pytest.raises(TrainingError, match="step 0 must be the base, but the output is off by"):
+    with pytest.raises(TrainingError, match="step 0 must be the base, but the output is off by"), torch.no_grad():
         check_step_zero(transformer, lambda: transformer.proj_out.weight.data.mul_(1.01))
 
 
@@ -385,12 +386,17 @@ def test_adapters_that_do_not_fit_are_refused(pipe, adapters, base, tmp_path):
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_script(base, data, cache, tmp_path, rank, pipe):
+@pytest.mark.parametrize(("rank", "precision"), [(4, "float32"), (0, "float32"), (4, "bfloat16"), (4, "nf4")], ids=str)
+def test_script(base, data, cache, tmp_path, rank, precision, pipe, request):
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    AcceleratorState._reset_state()  # which keeps the first run's precision
+    request.addfinalizer(AcceleratorState._reset_state)
+    precise = f"--base_precision {precision} --mixed_precision {'bf16' if precision == 'bfloat16' else 'no'}"
     runpy.run_path(str(SCRIPT))["main"](
         f"--init_from {base} --data {data} --val_data {data} --output_dir {tmp_path / 'run'} --cache_dir {cache} "
         f"--conditions action camera --action_spec bridge --lora_rank {rank} --batch_size 3 --max_steps 2 --log_every 1 "
-        "--progress false --max_condition_frames 1".split()
+        f"--progress false --max_condition_frames 1 {precise}".split()
     )
     export = tmp_path / "run" / "export"
     if rank:

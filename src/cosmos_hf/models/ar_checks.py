@@ -78,6 +78,27 @@ def check_context(config, batch: int, cache: Cache | None, states, mask):
             )
 
 
+def check_actions(config, latent_shape, batch: int, cache: Cache | None, actions):
+    """Actions where, and only where, the model takes them, one vector for every latent frame."""
+    if config.action_dim is None:
+        if actions is not None:
+            raise ValueError("actions would be ignored: this model takes none (action_dim)")
+        return
+    if config._attn_implementation not in ("eager", "sdpa", None):
+        raise ValueError(
+            f"a model that takes actions needs attn_implementation eager or sdpa, not {config._attn_implementation}"
+        )
+    needed = (batch, latent_shape[0], config.action_dim)
+    kept = getattr(cache, "is_updated", None) and cache.is_updated.get(config.num_hidden_layers)
+    if actions is None and not kept:
+        raise ValueError(f"actions are missing: this model takes {list(needed)}, those that lead to each latent frame")
+    if actions is not None and (tuple(actions.shape) != needed or not actions.is_floating_point()):
+        raise ValueError(
+            f"actions must be floats {list(needed)}, one vector for each of {latent_shape[0]} latent frames, got "
+            f"{actions.dtype} {tuple(actions.shape)}"
+        )
+
+
 def check_mask(attention_mask, batch: int, needed: int):
     """[B, past + S]; a 4-D mask is the caller's own."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
@@ -89,12 +110,14 @@ def check_mask(attention_mask, batch: int, needed: int):
 
 
 def check_call(
-    config, latent_shape, input_ids, batch, length, past, cache, attention_mask, position_ids, states, context_mask
-):
+    config, latent_shape, input_ids, batch, length, past, cache, attention_mask, position_ids, states, context_mask,
+    actions,
+):  # fmt: skip
     """All checks of one forward pass. `past` is a tensor where reading it would cost a synchronisation."""
     if torch.compiler.is_compiling():
         return
     check_context(config, batch, cache, states, context_mask)
+    check_actions(config, latent_shape, batch, cache, actions)
     if length > 1 and input_ids is not None:
         check_tokens(config, input_ids)
     if not isinstance(past, int):

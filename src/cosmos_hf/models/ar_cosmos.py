@@ -6,6 +6,7 @@ and begin with `<bov>`. Axes: B batch, S tokens, D width, L text tokens, V codes
 """
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -20,10 +21,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .ar_checks import check_call, check_latent_shape
 from .ar_generation import CosmosARGenerationMixin
 from .ar_layers import (
+    CosmosARActionEmbedding,
     CosmosARAttention,
     CosmosARDecoderLayer,
     CosmosARRMSNorm,
     GridPositions,
+    action_mask,
     projection,
     self_attention_cache,
     with_context_cache,
@@ -67,6 +70,8 @@ class CosmosARConfig(PreTrainedConfig):
         bov_token_id: token in front of a video, 64000 in the published Video2World models; None: none.
         absolute_positions: None, "every_layer" (the published models add the embedding before each layer) or "once".
         cross_attention_dim: width of the text embeddings; None: no text. cross_attention_every: in every n-th layer.
+        action_dim: numbers that lead to a latent frame, which every layer attends to; None: no actions.
+        actions_per_frame: how many actions these are, the tokenizer's temporal factor.
         yarn_scale, yarn_beta_fast, yarn_beta_slow, yarn_original_shape: context extension by YaRN; yarn_scale None: none.
         yarn_width_from_height: count the original height for the width, too, as the published 12B and 13B do.
         yarn_attention_temperature: apply YaRN's temperature; the published models were trained without.
@@ -78,8 +83,8 @@ class CosmosARConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"text_embed_dim": "cross_attention_dim"}  # what the diffusion transformers call it
     base_model_tp_plan = {
-        **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
-        **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn")},
+        **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn", "action_attn") for p in "qkv"},
+        **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn", "action_attn")},
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -101,6 +106,8 @@ class CosmosARConfig(PreTrainedConfig):
     absolute_positions: str | None = None
     cross_attention_dim: int | None = None
     cross_attention_every: int = 1
+    action_dim: int | None = None
+    actions_per_frame: int = 1
     yarn_scale: float | None = None
     yarn_beta_fast: float = 4.0
     yarn_beta_slow: float = 1.0
@@ -140,12 +147,21 @@ class CosmosARConfig(PreTrainedConfig):
                     f"{name}={token} must be a row of the embedding that is no code: "
                     f"in {self.codebook_size}..{self.embedding_size - 1}"
                 )
+        if self.action_dim is not None and (self.action_dim < 1 or self.action_dim % self.actions_per_frame):
+            raise ValueError(
+                f"action_dim must be a multiple of actions_per_frame, got {self.action_dim} and {self.actions_per_frame}"
+            )
         if self.yarn_scale is not None:
             self.yarn_original_shape = list(check_latent_shape(self.yarn_original_shape, "yarn_original_shape"))
         super().__post_init__(**kwargs)
 
     def has_cross_attention(self, layer_idx: int) -> bool:
         return self.cross_attention_dim is not None and layer_idx % self.cross_attention_every == 0
+
+    @property
+    def has_context(self) -> bool:
+        """Whether layers attend to something besides the video."""
+        return self.cross_attention_dim is not None or self.action_dim is not None
 
     def num_positions(self, latent_shape=None) -> int:
         """Tokens of a whole video, `<bov>` included."""
@@ -180,7 +196,10 @@ class CosmosARPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, nn.Linear):
             std = getattr(module, "init_std", 0.02)
-            init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+            if std:
+                init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+            else:
+                init.zeros_(module.weight)
         elif isinstance(module, MedusaHead):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -195,6 +214,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
         self.layers = nn.ModuleList([CosmosARDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.positions = GridPositions(config)
+        self.action_embed = None if config.action_dim is None else CosmosARActionEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -209,6 +229,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
         latent_shape: tuple[int, int, int] | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -228,7 +249,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
             past = int(past)  # a static cache's; costs a synchronisation on other devices
         check_call(
             config, shape, input_ids, batch, length, past, past_key_values, attention_mask, position_ids,
-            encoder_hidden_states, encoder_attention_mask,
+            encoder_hidden_states, encoder_attention_mask, actions,
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -261,6 +282,10 @@ class CosmosARModel(CosmosARPreTrainedModel):
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
+        acted = {}
+        if self.action_embed is not None:
+            acted["action_mask"] = action_mask(config, position_ids, shape, inputs_embeds.dtype)
+            acted["actions"] = None if actions is None else self.action_embed(actions)
         hidden_states = inputs_embeds
         for i, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -272,6 +297,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
                 context_mask=context_mask,
                 past_key_values=past_key_values,
                 key_length=key_length,
+                **acted,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -284,8 +310,11 @@ def default_positions(attention_mask, past: int | torch.Tensor, length: int, dev
     return (torch.arange(length, device=device) + past).unsqueeze(0)
 
 
-class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARGenerationMixin):
-    """A causal language model over video codes: `generate` continues a video, `labels` train it."""
+class CosmosARForCausalLM(StrictLoadingMixin, PeftAdapterMixin, CosmosARPreTrainedModel, CosmosARGenerationMixin):
+    """A causal language model over video codes: `generate` continues a video, `labels` train it.
+
+    Its adapters are those of diffusers (`PeftAdapterMixin`), as the diffusion transformer's are.
+    """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -300,6 +329,11 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
         speed_up(self)
         self.post_init()
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions besides text that `forward` needs; it refuses the other ones."""
+        return () if self.config.action_dim is None else ("actions",)
+
     @can_return_tuple
     def forward(
         self,
@@ -310,6 +344,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
         latent_shape: tuple[int, int, int] | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -327,6 +362,8 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
                 cross-attention, later ones take keys and values from the cache.
             encoder_attention_mask: [B, L], 0 for text tokens that must not be seen. The published models were trained and are
                 run without, on embeddings that are zero past the text's end.
+            actions: [B, T, action_dim], the numbers that lead to each latent frame of the grid (`conditioning.action`), for a
+                model with action_dim; as with the text, later calls take them from the cache.
             latent_shape: grid [T, H, W] of this video; default: the config's.
             labels: codes [B, S] as in `input_ids`, shifted here; -100 is ignored. The loss is the mean cross-entropy of the
                 others plus `z_loss_weight` times the mean squared log-denominator of all. Logits never exist whole.
@@ -344,6 +381,7 @@ class CosmosARForCausalLM(StrictLoadingMixin, CosmosARPreTrainedModel, CosmosARG
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            actions=actions,
             latent_shape=latent_shape,
             use_cache=use_cache,
             **kwargs,

@@ -21,6 +21,8 @@ def can_pack(model) -> bool:
     """Whether the model is one that `PackedDecoder` can stand in for: float32 on an x86 processor, nothing in it altered."""
     if not model.packs_weights or model.training or model.config._attn_implementation != "sdpa":
         return False
+    if model.config.action_dim is not None:  # its layers attend to actions, too
+        return False
     if not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():

@@ -9,7 +9,15 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from .ar_cache import ReservedCache
-from .ar_checks import check_cache, check_context, check_latent_shape, check_length, check_mask, check_tokens
+from .ar_checks import (
+    check_actions,
+    check_cache,
+    check_context,
+    check_latent_shape,
+    check_length,
+    check_mask,
+    check_tokens,
+)
 from .ar_decoding import WORTH_PACKING, PackedDecoder, can_pack
 from .ar_layers import with_context_cache
 
@@ -80,6 +88,7 @@ class CosmosARGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         context, context_mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         check_context(self.config, batch, cache, context, context_mask)
+        check_actions(self.config, shape, batch, cache, kwargs.get("actions"))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             check_mask(mask, batch, length)
@@ -150,7 +159,7 @@ class CosmosARGenerationMixin(GenerationMixin):
         processors, top_p = _split_top_p(logits_processor, generation_config)
         length, total = input_ids.shape[1], generation_config.max_length
         tokens = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), total - length)], dim=1)
-        names = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "latent_shape")
+        names = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "actions", "latent_shape")
         inputs = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
         past = int(inputs["past_key_values"].get_seq_length())
         chunk = input_ids[:, past:] if past < length else input_ids[:, -1:]
@@ -166,7 +175,8 @@ class CosmosARGenerationMixin(GenerationMixin):
             if streamer is not None:
                 streamer.put(chunk[:, 0].cpu())
             if place == length:
-                inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+                for name in ("encoder_hidden_states", "actions"):
+                    inputs.pop(name, None)  # their keys and values are in the cache
                 decoder = self._packed_decoder(total - length)
         if streamer is not None:
             streamer.end()

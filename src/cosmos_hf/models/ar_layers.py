@@ -149,9 +149,9 @@ def eager_attention_forward(
 
 def with_context_cache(cache: Cache | None, config) -> Cache | None:
     """A cache that also keeps the context's keys and values, where the model has such."""
-    if cache is None or config.cross_attention_dim is None or isinstance(cache, EncoderDecoderCache):
+    if cache is None or not config.has_context or isinstance(cache, EncoderDecoderCache):
         return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=config))
+    return EncoderDecoderCache(cache, DynamicCache())  # grows by layers: text has the first ones, actions the next
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:
@@ -162,7 +162,7 @@ def self_attention_cache(cache: Cache | None) -> Cache | None:
 class CosmosARAttention(nn.Module):
     """Grouped-query attention with normalised queries and keys: over the past, or with `context_dim` over a context.
 
-    The context's keys and values are computed once and kept in the cache.
+    The context's keys and values are computed once and kept in the cache, at the place `layer_idx`.
     """
 
     def __init__(self, config, layer_idx: int, context_dim: int | None = None):
@@ -245,15 +245,59 @@ class CosmosARMLP(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class CosmosARActionEmbedding(nn.Module):
+    """Actions [B, T, action_dim] of latent frames -> [B, T * actions_per_frame, D], one vector for each action."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.count, width = config.actions_per_frame, config.action_dim // config.actions_per_frame
+        # As large as the embedding of an action's place among those of its latent frame.
+        self.linear_1 = projection(width, config.hidden_size, width**-0.5)
+        self.linear_2 = projection(config.hidden_size, config.hidden_size, config.hidden_size**-0.5)
+        self.place = nn.Embedding(self.count, config.hidden_size)
+
+    def forward(self, actions: torch.Tensor) -> torch.Tensor:
+        steps = actions.to(self.place.weight.dtype).unflatten(-1, (self.count, -1))
+        return (self.linear_2(nn.functional.silu(self.linear_1(steps))) + self.place.weight).flatten(1, 2)
+
+
+def action_mask(config, position_ids: torch.Tensor, latent_shape, dtype: torch.dtype) -> torch.Tensor:
+    """Position ids [B or 1, S] -> what is added to scores [B or 1, 1, S, T * actions_per_frame].
+
+    A position sees the actions that lead to the latent frame of the code that it predicts, so that a later action changes
+    nothing before its time.
+    """
+    time, height, width = latent_shape
+    predicted = position_ids + int(config.bov_token_id is None)  # place of the predicted code in the video
+    frame = predicted.div(height * width, rounding_mode="floor").clamp_max(time - 1)
+    owner = torch.arange(time, device=position_ids.device).repeat_interleave(config.actions_per_frame)
+    hidden = frame[..., None] != owner
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+
+
+def context_parts(config, layer_idx: int) -> dict[str, nn.Module]:
+    """What a layer has to attend to contexts, by the names in `CosmosARDecoderLayer`: text, and actions."""
+    parts = {}
+    if config.has_cross_attention(layer_idx):
+        parts["cross_attn_layernorm"] = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
+        parts["cross_attn"] = CosmosARAttention(config, layer_idx, context_dim=config.cross_attention_dim)
+    if config.action_dim is not None:
+        parts["action_attn_layernorm"] = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
+        place = config.num_hidden_layers + layer_idx
+        parts["action_attn"] = CosmosARAttention(config, place, context_dim=config.hidden_size)
+        parts["action_attn"].o_proj.init_std = 0.0  # a model that is given actions is the model it was
+    return parts
+
+
 class CosmosARDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.input_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = CosmosARAttention(config, layer_idx)
-        self.cross_attn = None
-        if config.has_cross_attention(layer_idx):
-            self.cross_attn_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.cross_attn = CosmosARAttention(config, layer_idx, context_dim=config.cross_attention_dim)
+        self.cross_attn = self.action_attn = None
+        for name, part in context_parts(config, layer_idx).items():
+            setattr(self, name, part)
         self.post_attention_layernorm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = CosmosARMLP(config, layer_idx)
 
@@ -267,9 +311,11 @@ class CosmosARDecoderLayer(GradientCheckpointingLayer):
         context_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         key_length: int | None = None,
+        actions: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]; masks as the attention backend takes them."""
+        """[B, S, D] -> [B, S, D]; masks as the attention backend takes them, actions embedded."""
         if absolute is not None:
             hidden_states = hidden_states + absolute
         normed = self.input_layernorm(hidden_states)
@@ -280,5 +326,10 @@ class CosmosARDecoderLayer(GradientCheckpointingLayer):
             normed = self.cross_attn_layernorm(hidden_states)
             hidden_states = hidden_states + self.cross_attn(
                 normed, None, context_mask, past_key_values, context=context, **kwargs
+            )[0]  # fmt: skip
+        if self.action_attn is not None:
+            normed = self.action_attn_layernorm(hidden_states)
+            hidden_states = hidden_states + self.action_attn(
+                normed, None, action_mask, past_key_values, context=actions, **kwargs
             )[0]  # fmt: skip
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -36,7 +37,8 @@ def chunked_loss(
     states = hidden_states[:, :-shift].flatten(0, 1)
     targets = labels[:, shift:].flatten().to(states.device)
     count = (targets != IGNORED).sum()
-    if not targets.is_meta and targets.numel():
+    # values cannot be looked at where a memory estimate has none
+    if not (targets.is_meta or isinstance(targets, FakeTensor)) and targets.numel():
         if count == 0:
             raise ValueError("labels are all ignored (-100): there is nothing to learn")
         kept = targets[targets != IGNORED]

@@ -6,6 +6,8 @@ others:
     pytorch_lora_weights.safetensors   the LoRA, as diffusers writes it (absent where there is none)
     conditions.json                    which conditions were added, and to what kind of base
     conditions.safetensors             the new columns, `patch_embed.<what they read>`, and the new modules' weights
+
+Both families of models have such: how an autoregressive one is extended says `ar_conditions`, a diffusion one `dit_conditions`.
 """
 
 import inspect
@@ -17,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from . import ar_conditions
 from .dit_conditions import PARTS, channel_columns, extend_conditions, withdraw_conditions
 
 RECORD, WEIGHTS = "conditions.json", "conditions.safetensors"
 COLUMNS = "patch_embed."
+COMPANIONS = ("action_form", "actions_per_frame")  # fields that say how another one's condition is meant
 # What the blocks' weights and the meaning of the input depend on; a base that differs in these is another one.
 BASE_FIELDS = (
     "out_channels",
@@ -87,12 +92,7 @@ class ConditionAdapter:
     @classmethod
     def of(cls, model, changes: dict, **record) -> "ConditionAdapter":
         """What `model` has learned for the conditions that `changes` added to it."""
-        proj = model.patch_embed.proj
-        weight = proj.whole() if isinstance(proj, GrownLinear) else proj.weight.detach()
-        columns = channel_columns(model.config, model.patch_embed.patch_size)
-        weights = {COLUMNS + name: weight[:, columns[name]] for name in added_columns(changes)}
-        for name in added_parts(changes):
-            weights |= {f"{name}.{key}": value for key, value in getattr(model, name).state_dict().items()}
+        weights = added_weights(model, changes)
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
         return cls(dict(changes), weights, base_fields(model), record)
 
@@ -122,9 +122,10 @@ class ConditionAdapter:
         Raises ValueError for a base of another kind, a condition that the model has already, and weights that do not fit.
         """
         self.check_base(model)
-        if present := [name for name in self.changes if name != "action_form" and has_condition(model, name)]:
+        if present := [name for name in self.changes if name not in COMPANIONS and has_condition(model, name)]:
             raise ValueError(f"the model has this condition already: {', '.join(present)}")
-        extend_conditions(model, **self.changes)
+        extend = ar_conditions.extend_conditions if is_autoregressive(model) else extend_conditions
+        extend(model, **self.changes)
         try:
             self._fill(model, scale)
         except ValueError:
@@ -132,15 +133,10 @@ class ConditionAdapter:
             raise
 
     def _fill(self, model, scale: float):
-        columns = channel_columns(model.config, model.patch_embed.patch_size)
-        proj, left = model.patch_embed.proj, dict(self.weights)
-        for name in added_columns(self.changes):
-            value = self._take(left, COLUMNS + name, proj.weight[:, columns[name]].shape)
-            proj.weight[:, columns[name]] = scale * value.to(proj.weight)
-        for name in added_parts(self.changes):
-            for key, tensor in getattr(model, name).state_dict().items():
-                value = self._take(left, f"{name}.{key}", tensor.shape).to(tensor)
-                tensor.copy_(scale * value if ".linear_2." in f".{key}" else value)
+        left, is_output = dict(self.weights), ar_conditions.is_output if is_autoregressive(model) else _is_output
+        for name, tensor in added_weights(model, self.changes).items():
+            value = self._take(left, name, tensor.shape).to(tensor)
+            tensor.copy_(scale * value if is_output(name) else value)
         if left:
             raise ValueError(f"the adapter's weights {', '.join(sorted(left))} belong to no condition that it adds")
 
@@ -155,18 +151,25 @@ class ConditionAdapter:
 
     def remove_from(self, model):
         """Undo `add_to`."""
-        withdraw_conditions(model, **self.changes)
+        withdraw = ar_conditions.withdraw_conditions if is_autoregressive(model) else withdraw_conditions
+        withdraw(model, **self.changes)
 
     def check_base(self, model):
         mine = base_fields(model)
         different = [
-            f"{name} {mine[name]}, needed {value}" for name, value in self.base.items() if mine[name] != value
+            f"{name} {mine.get(name)}, needed {value}" for name, value in self.base.items() if mine.get(name) != value
         ]
         if different:
             raise ValueError(f"the adapter was trained on another kind of base: {'; '.join(different)}")
 
 
+def is_autoregressive(model) -> bool:
+    return isinstance(model, PreTrainedModel)
+
+
 def base_fields(model) -> dict:
+    if is_autoregressive(model):
+        return ar_conditions.base_fields(model)
     values = {name: model.config[name] for name in BASE_FIELDS}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return values | {"takes_condition_mask": model.takes_condition_mask}
@@ -174,6 +177,8 @@ def base_fields(model) -> dict:
 
 def has_condition(model, name: str) -> bool:
     """Whether a field of the config has another value than in a model without conditions."""
+    if is_autoregressive(model):
+        return ar_conditions.has_condition(model, name)
     return model.config[name] != inspect.signature(type(model).__init__).parameters[name].default
 
 
@@ -185,3 +190,21 @@ def added_columns(changes: dict) -> list[str]:
 def added_parts(changes: dict) -> list[str]:
     """Names of the modules that `changes` adds."""
     return [part for part in PARTS if any(changes.get(name) and p == part for name, p in _NEW_PARTS.items())]
+
+
+def added_weights(model, changes: dict) -> dict[str, torch.Tensor]:
+    """The weights of what `changes` added, as they stand in the model, by their names in an adapter."""
+    if is_autoregressive(model):
+        return ar_conditions.added_weights(model, changes)
+    proj = model.patch_embed.proj
+    weight = proj.whole() if isinstance(proj, GrownLinear) else proj.weight.detach()
+    columns = channel_columns(model.config, model.patch_embed.patch_size)
+    weights = {COLUMNS + name: weight[:, columns[name]] for name in added_columns(changes)}
+    for name in added_parts(changes):
+        weights |= {f"{name}.{key}": value for key, value in getattr(model, name).state_dict().items()}
+    return weights
+
+
+def _is_output(name: str) -> bool:
+    """Whether a condition of a diffusion model acts in proportion to this weight."""
+    return name.startswith(COLUMNS) or ".linear_2." in f".{name}"

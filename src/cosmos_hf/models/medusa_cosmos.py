@@ -97,6 +97,7 @@ def speculative_generate(
     latent_shape: tuple[int, int, int] | None = None,
     encoder_hidden_states: torch.Tensor | None = None,
     encoder_attention_mask: torch.Tensor | None = None,
+    actions: torch.Tensor | None = None,
     streamer=None,
 ) -> SpeculativeOutput:
     """Continue videos with guessed codes.
@@ -112,7 +113,7 @@ def speculative_generate(
             departs from the network's own choice and takes fewer passes.
         temperature, top_p: 0 takes the most probable code; above, codes are drawn.
         generator: a torch generator, or one per item.
-        latent_shape, encoder_hidden_states, encoder_attention_mask: as in `CosmosARForCausalLM.forward`.
+        latent_shape, encoder_hidden_states, encoder_attention_mask, actions: as in `CosmosARForCausalLM.forward`.
         streamer: as in `generate`; it is given every item's prompt, then its codes.
     """
     config = model.config
@@ -125,7 +126,7 @@ def speculative_generate(
     if isinstance(generator, (list, tuple)) and len(generator) != len(input_ids):
         raise ValueError(f"{len(generator)} generators for {len(input_ids)} sequences: give one each, or a single one")
     request = {"latent_shape": latent_shape, "encoder_hidden_states": encoder_hidden_states}
-    request |= {"encoder_attention_mask": encoder_attention_mask, "max_new_tokens": max_new_tokens}
+    request |= {"encoder_attention_mask": encoder_attention_mask, "max_new_tokens": max_new_tokens, "actions": actions}
     request = {name: value for name, value in request.items() if value is not None}
     model._check_request(input_ids, request)
     count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
@@ -254,7 +255,8 @@ class _Decoder:
         out = self.model.model(
             tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self.inputs
         )  # fmt: skip
-        self.inputs.pop("encoder_hidden_states", None)  # its keys and values are in the cache
+        for name in ("encoder_hidden_states", "actions"):
+            self.inputs.pop(name, None)  # their keys and values are in the cache
         return out.last_hidden_state
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:

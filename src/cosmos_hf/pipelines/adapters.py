@@ -14,14 +14,17 @@ from diffusers.utils import get_adapter_name
 from torch import nn
 
 from ..conditioning.action import FILE_NAME, ActionSpec
-from ..models.condition_adapters import RECORD, WEIGHTS, ConditionAdapter, has_condition
+from ..models.condition_adapters import COMPANIONS, RECORD, WEIGHTS, ConditionAdapter, has_condition
 
 FILES = (LORA_WEIGHT_NAME_SAFE, RECORD, WEIGHTS, FILE_NAME)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
-    """For pipelines whose `transformer` is a `CosmosWorldTransformer3D`. `start_adapters` belongs into the constructor."""
+    """For pipelines whose `transformer` is a `CosmosWorldTransformer3D` or a `CosmosARForCausalLM`.
+
+    `start_adapters` belongs into the constructor.
+    """
 
     def start_adapters(self):
         self._adapters: dict[str, tuple[ConditionAdapter, ActionSpec | None]] = {}  # those with conditions, by name
@@ -60,6 +63,8 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         super().load_lora_weights(source, adapter_name=name, **kwargs)
         if adapter is not None:
             self._adapters[name] = (adapter, spec)
+            if "cross_attention_dim" in adapter.changes:  # a base without text has no length of it either
+                self.register_to_config(max_sequence_length=adapter.record["max_sequence_length"])
         try:
             self.set_adapters([*active, name], [*active.values(), 1.0])
         except ValueError:
@@ -128,6 +133,10 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
                 f"the adapters {', '.join(names)} are loaded: call fuse_lora() and unload_lora_weights() to save a pipeline "
                 "with them, or unload_lora_weights() alone for one without"
             )
+        if getattr(self.transformer, "is_loaded_in_4bit", False):
+            raise ValueError(
+                "the transformer's weights are in 4 bits: save the pipeline as it was before four_bit_blocks"
+            )
         return super().save_pretrained(*args, **kwargs)
 
     # ---- the transformer's conditions --------------------------------------------------------------------------------
@@ -151,12 +160,12 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         adapter.check_base(self.transformer)
         for field in adapter.changes:
             owners = [other for other, (known, _) in self._adapters.items() if field in known.changes]
-            if field != "action_form" and owners:
+            if field not in COMPANIONS and owners:
                 raise ValueError(
                     f"the adapters {owners[0]!r} and {name!r} both bring {field}: only one can be loaded at a time; call "
                     f"delete_adapters({owners[0]!r}) first"
                 )
-            if field != "action_form" and has_condition(self.transformer, field):
+            if field not in COMPANIONS and has_condition(self.transformer, field):
                 raise ValueError(f"the adapter {name!r} brings {field}, which this pipeline's transformer has already")
 
     def _check_lora(self, state: dict):

@@ -1,14 +1,19 @@
-"""Autoregressive video to world: the future of an image or a video, code by code (arXiv 2501.03575, section 5.2)."""
+"""Autoregressive video to world: the future of an image or a video, code by code (arXiv 2501.03575, sections 5.2 and 6.2)."""
+
+from dataclasses import asdict
 
 import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from ..conditioning.action import ActionSpec
 from ..data.video import to_float
 from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.medusa_cosmos import DRAFTS, speculative_generate
+from .adapters import ConditionAdaptersMixin
+from .conditions import action_vectors, check_needed, expand_conditions
 from .encode import check_size, check_text, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
 
@@ -16,7 +21,7 @@ from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
 DEFAULT_CONDITIONING_FRAMES = 9
 
 
-class CosmosAutoregressivePipeline(DiffusionPipeline):
+class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
     """Continues an image or the last frames of a video by generating the codes of its next frames.
 
     Args:
@@ -27,6 +32,9 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
         height, width, num_frames, fps, temperature, top_p: what a call uses unless it says otherwise; what the model was
             trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
+        action_spec: what actions mean (`cosmos_hf.conditioning.action.ActionSpec`), for a transformer that takes them.
+
+    `load_lora_weights` brings adapters, also such as bring actions or text (`training/posttrain.py`).
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -45,6 +53,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_p: float = 0.8,
         max_sequence_length: int = 512,
+        action_spec: ActionSpec | dict | None = None,
     ):
         super().__init__()
         if vae.config.quantizer is None:
@@ -63,7 +72,9 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             temperature=temperature,
             top_p=top_p,
             max_sequence_length=max_sequence_length,
+            action_spec=None if action_spec is None else asdict(ActionSpec.of(action_spec)),
         )
+        self.start_adapters()
 
     @torch.no_grad()
     def __call__(
@@ -83,6 +94,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         draft: str | None = None,
+        actions=None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> CosmosPipelineOutput | tuple:
@@ -104,11 +116,15 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             prompt_embeds: text embeddings [B, N, D] instead of prompts.
             draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
                 (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
+            actions: what leads from frame to frame of the whole result, [num_frames - 1, A] in the units of the `action_spec`,
+                one for all videos or one per video, for a model that takes actions. A window is given its own ones.
             output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'].
 
         Raises ValueError for contradictions and sizes that the models cannot represent.
         """
         run = self._resolve(height, width, num_frames, fps, temperature, top_p, output_type)
+        check_needed(self, run, actions, None)
+        vectors = None if actions is None else action_vectors(self, actions, run["num_frames"], run["fps"])
         takes_text = self.transformer.config.cross_attention_dim is not None
         check_text(prompt, None, prompt_embeds, None, 0)
         if not takes_text and (prompt is not None or prompt_embeds is not None):
@@ -136,16 +152,19 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             if prompt is None or isinstance(prompt, str)
             else len(prompt)
         )
-        items = max(given, len(frames))
+        items = max(given, len(frames), 1 if vectors is None else len(vectors))
         frames = repeat_to_batch(frames, items, num_videos_per_prompt)
         device, text = self._execution_device, None
+        if vectors is not None:
+            vectors = expand_conditions({"actions": vectors}, items, num_videos_per_prompt)["actions"].to(device)
         if takes_text:
             texts = (prompt, None, prompt_embeds, None)
             text, _ = encode_prompts(self, *texts, items * num_videos_per_prompt, False, device)
         # The tokenizer is causal: the codes of the given frames do not depend on what follows, so nothing is padded.
         pixels = to_float(frames).to(device, self.vae.dtype)
         codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
-        codes = self._continue(codes, self.vae.latent_frames(run["num_frames"]), overlap, run, generator, text, draft)
+        total = self.vae.latent_frames(run["num_frames"])
+        codes = self._continue(codes, total, overlap, run, generator, text, vectors, draft)
         frames = decode_indices(self.vae, codes, output_type)
         self.maybe_free_model_hooks()
         return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
@@ -173,7 +192,9 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             )
         return overlap
 
-    def _continue(self, codes, latent_frames: int, overlap: int, run: dict, generator, text, draft) -> torch.Tensor:
+    def _continue(
+        self, codes, latent_frames: int, overlap: int, run: dict, generator, text, actions, draft
+    ) -> torch.Tensor:
         """Codes [B, t, H', W'] -> [B, latent_frames, H', W'], window by window; a window sees the last `overlap` frames,
         the first one all that is given and fits."""
         config = self.transformer.config
@@ -190,6 +211,10 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
                 if config.bov_token_id is not None:
                     prompt = torch.cat([prompt.new_full((len(prompt), 1), config.bov_token_id), prompt], dim=1)
                 grid = (seen.shape[1] + new, height, width)
+                if actions is not None:
+                    start = codes.shape[1] - seen.shape[1]
+                    options["actions"] = acted = actions[:, start : start + grid[0]].clone()
+                    acted[:, 0] = 0  # as in training, where nothing led to a window's first frame
                 if draft is not None:
                     tokens = speculative_generate(
                         self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options

@@ -75,7 +75,8 @@ def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
             f"the transformer takes {config.action_dim} numbers (action_dim), {pipe.vae.config.temporal_compression} actions of "
             f"{spec.width} numbers lead to each latent frame: the action_spec is another model's"
         )
-    return vectors[:, 1:2] if config.action_form == "as_written" else vectors
+    # An autoregressive transformer has one form.
+    return vectors[:, 1:2] if getattr(config, "action_form", None) == "as_written" else vectors
 
 
 def camera_rays(pipe, camera, num_frames: int, height: int, width: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import T5EncoderModel
 
 from ..models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
-from ..models.ar_loss import IGNORED, ARLoss, chunked_loss, ignored_tokens
+from ..models.ar_loss import IGNORED, chunked_loss, ignored_tokens
 from .cache import LatentDataset
 from .config import RunConfig
 from .diffusion import Texts
@@ -92,19 +92,25 @@ class ARWorldModel(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
-    def forward(self, tokens, labels, latent_shape, text=None, keep=None) -> ARLoss:
-        """tokens and labels [B, S]; text: (ids, mask) for the encoder, or embeddings [B, N, D]; keep [B]: 0 drops a text."""
-        states = self.states(tokens, latent_shape, text, keep)
-        return chunked_loss(self.transformer.lm_head, states, labels, self.transformer.config.z_loss_weight)
+    def forward(self, tokens, labels, latent_shape, text=None, keep=None, actions=None, with_states: bool = False):
+        """`ARLoss`, and `with_states` the hidden states before the output layer [B, S, D].
 
-    def states(self, tokens, latent_shape, text=None, keep=None) -> torch.Tensor:
+        tokens and labels [B, S]; text: (ids, mask) for the encoder, or embeddings [B, N, D]; keep [B]: 0 drops a text; actions
+        [B, T', action_dim].
+        """
+        states = self.states(tokens, latent_shape, text, keep, actions)
+        loss = chunked_loss(self.transformer.lm_head, states, labels, self.transformer.config.z_loss_weight)
+        return (loss, states) if with_states else loss
+
+    def states(self, tokens, latent_shape, text=None, keep=None, actions=None) -> torch.Tensor:
         """Hidden states [B, S, D] before the output layer."""
         if text is not None:
             text = text if self.text_encoder is None else embed_tokens(self.text_encoder, *text)
             if keep is not None:
                 text = text * keep[:, None, None].to(text.dtype)
         model = self.transformer.model
-        return model(tokens, encoder_hidden_states=text, latent_shape=latent_shape, use_cache=False).last_hidden_state
+        given = dict(encoder_hidden_states=text, actions=actions, latent_shape=latent_shape)
+        return model(tokens, use_cache=False, **given).last_hidden_state
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ class AutoregressiveLoss:
         text, keep, tokens = batch.get("text"), None, batch["tokens"]
         if text is not None and self.config.text_dropout:
             keep = (torch.rand(len(tokens), device=tokens.device) >= self.config.text_dropout).float()
-        loss = model(tokens, batch["labels"], batch["latent_shape"], text, keep)
+        loss = model(tokens, batch["labels"], batch["latent_shape"], text, keep, batch.get("actions"))
         return loss.total, {"cross_entropy": loss.cross_entropy.detach(), "z_loss": loss.z_loss.detach()}
 
 
@@ -280,7 +286,8 @@ def validate(model: ARWorldModel, batches: TokenBatches, datasets: dict[str, Lat
             if texts[""] is not None and len(batch["tokens"]) > 1:
                 texts["_shuffled_text"] = _roll(texts[""])
             for kind, text in texts.items():
-                loss = model(batch["tokens"], batch["labels"], batch["latent_shape"], text)
+                inputs = (batch["tokens"], batch["labels"], batch["latent_shape"], text)
+                loss = model(*inputs, actions=batch.get("actions"))
                 sums[kind][0] += float(loss.cross_entropy) * int(loss.targets)
                 sums[kind][1] += int(loss.targets)
         figures |= {
@@ -302,7 +309,7 @@ def check_reload(model: ARWorldModel, again: ARWorldModel, batch: dict):
     device, training = next(model.parameters()).device, model.training
     batch = to_device(batch, device)
     inputs = (batch["tokens"], batch["labels"], batch["latent_shape"], batch.get("text"))
-    a, b = (m.to(device).eval()(*inputs).total.float() for m in (model, again))
+    a, b = (m.to(device).eval()(*inputs, actions=batch.get("actions")).total.float() for m in (model, again))
     model.train(training)
     if not torch.allclose(a, b, atol=1e-4):
         raise TrainingError(f"the saved model's loss is {b:.6g}, the trained one's {a:.6g}")

@@ -68,6 +68,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=_asked_for("CPU"))
 
 
+def launched_as() -> str | None:
+    """FSDP or DEEPSPEED, where the launch asks for one of them."""
+    return next((kind for kind in ("FSDP", "DEEPSPEED") if _asked_for(kind)), None)
+
+
 def _asked_for(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 

@@ -1,4 +1,18 @@
-"""How much memory the state of a run takes on each device: weights, gradients, optimizer, average. Activations come on top."""
+"""How much memory a run takes on each device: weights, gradients, optimizer, average; and the activations of a step.
+
+`estimate_memory` counts the state of any run by its number of parameters. `estimate_posttraining` adds what forward and backward of
+one step hold: the network runs on tensors that have sizes but no values.
+"""
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..models import ar_cosmos, transformer_cosmos
+from ..models.ar_loss import chunked_loss
+from ..models.four_bit import blocks_of
+from ..models.peak_memory import peak_of
 
 GIB = 2**30
 # Which parts each kind of launch shares out among the processes.
@@ -56,3 +70,126 @@ def estimate_memory(
     }
     shared = {name: size / (processes if name in SHARED[launch] else 1) / GIB for name, size in parts.items()}
     return shared | {"total": sum(shared.values())}
+
+
+# ---- a step of post-training -----------------------------------------------------------------------------------------
+
+METHODS = {
+    "full": "float32",
+    "lora": "float32",
+    "lora bfloat16": "bfloat16",
+    "qlora": "nf4",
+}  # precision of the base's blocks
+LORA_TARGETS = {
+    "diffusion": r"transformer_blocks\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)",
+    "autoregressive": r"model\.layers\..*_proj",
+}
+
+
+def estimate_posttraining(
+    model: str | nn.Module,
+    method: str = "lora",
+    latent_shape: tuple[int, int, int] = (16, 88, 160),
+    batch_size: int = 1,
+    text_length: int = 512,
+    lora_rank: int = 16,
+    launch: str = "one",
+    processes: int = 1,
+    average: bool = True,
+    mixed_precision: bool = True,
+    gradient_checkpointing: bool = True,
+) -> dict[str, float]:
+    """GiB per device by part, and their "total": `estimate_memory` and the "activations" of a step, with fused attention.
+
+    Args:
+        model: the name of a preset of either family ("7b-video2world", "4b"), or a transformer on the meta device.
+        method: "full", "lora", "lora bfloat16" (the frozen base's blocks in 16 bits) or "qlora" (in 4 bits).
+        latent_shape: latent frames, height and width of the clips.
+
+    Counted are the tensors that the network makes, not the buffers that a kernel takes for itself nor what an allocator keeps
+    aside; the blocks that FSDP2 and ZeRO-3 gather come on top. Raises ValueError for an unknown model, method or launch.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    transformer = _on_meta(model) if isinstance(model, str) else model
+    total = sum(p.numel() for p in transformer.parameters())
+    in_blocks = sum(m.weight.numel() for m in blocks_of(transformer).modules() if isinstance(m, nn.Linear))
+    kind = "autoregressive" if isinstance(transformer, ar_cosmos.CosmosARForCausalLM) else "diffusion"
+    learns = total
+    if method != "full":
+        transformer.requires_grad_(False)
+        with torch.device("meta"):
+            transformer.add_adapter(LoraConfig(r=lora_rank, target_modules=LORA_TARGETS[kind]))
+        learns = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    if gradient_checkpointing:
+        enable = "gradient_checkpointing_enable" if kind == "autoregressive" else "enable_gradient_checkpointing"
+        getattr(transformer, enable)()
+    state = estimate_memory(learns, launch, processes, average=average)
+    if method != "full":
+        frozen = 4 * (total - in_blocks) + BASE_BYTES[METHODS[method]] * in_blocks
+        sharing = processes if "weights" in SHARED[launch] else 1
+        state["weights"] += frozen / sharing / GIB
+    held = _step(transformer.train(), latent_shape, batch_size, text_length, mixed_precision, METHODS[method])
+    state["activations"] = max(0.0, held - 4 * learns) / GIB  # the gradients are counted already
+    state.pop("total")
+    return state | {"total": sum(state.values())}
+
+
+def _on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        if name in transformer_cosmos.PRESETS:
+            return transformer_cosmos.CosmosWorldTransformer3D(**transformer_cosmos.PRESETS[name])
+        if name in ar_cosmos.PRESETS:
+            return ar_cosmos.CosmosARForCausalLM(ar_cosmos.CosmosARConfig(**ar_cosmos.PRESETS[name]))
+    there = ", ".join([*transformer_cosmos.PRESETS, *ar_cosmos.PRESETS])
+    raise ValueError(f"unknown model {name!r}; there is {there}")
+
+
+def _step(transformer, latent_shape, batch_size: int, text_length: int, mixed: bool, precision: str) -> int:
+    """Bytes that forward and backward hold at their worst moment, gradients of what learns among them."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        transformer = transformer.to_empty(device="cpu")
+        if precision != "float32":  # unpacked or not, a product sees weights in the precision of the computation
+            for name, layer in blocks_of(transformer).named_modules():
+                if isinstance(layer, nn.Linear) and ".lora_" not in name:
+                    layer.to(torch.bfloat16 if mixed else torch.float32)
+        run = language_step if isinstance(transformer, ar_cosmos.CosmosARForCausalLM) else diffusion_step
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = run(transformer, latent_shape, batch_size, text_length)
+            loss.backward()
+            return [p.grad for p in transformer.parameters()]
+
+        held = peak_of(step)
+        if precision == "nf4":  # one layer at a time is unpacked
+            linears = [m.weight for m in blocks_of(transformer).modules() if isinstance(m, nn.Linear)]
+            held += max(weight.numel() for weight in linears) * (2 if mixed else 4)
+    return held
+
+
+def diffusion_step(transformer, latent_shape, batch_size: int, text_length: int) -> torch.Tensor:
+    """A loss as the training of diffusion models has it: noisy latents, a text, given frames; and the model's other inputs."""
+    config = transformer.config
+    x = torch.zeros(batch_size, config.out_channels, *latent_shape)
+    channels = dict(condition_mask=1, camera=config.camera_channels)
+    given = {n: torch.zeros(batch_size, c, *latent_shape) for n, c in channels.items() if n in transformer.conditions}
+    if "actions" in transformer.conditions:
+        given["actions"] = torch.zeros(batch_size, latent_shape[0], config.action_dim)
+    text = torch.zeros(batch_size, text_length, config.text_embed_dim)
+    output = transformer(x, torch.zeros(batch_size), text, fps=24, **given).sample
+    return (output.float() - x).square().mean()
+
+
+def language_step(transformer, latent_shape, batch_size: int, text_length: int) -> torch.Tensor:
+    """A loss as the training of autoregressive models has it, from the embeddings of the codes on."""
+    config, given = transformer.config, {}
+    length = config.num_positions(latent_shape)
+    if config.cross_attention_dim is not None:
+        given["encoder_hidden_states"] = torch.zeros(batch_size, text_length, config.cross_attention_dim)
+    if config.action_dim is not None:
+        given["actions"] = torch.zeros(batch_size, latent_shape[0], config.action_dim)
+    embeds = torch.zeros(batch_size, length, config.hidden_size)
+    states = transformer.model(inputs_embeds=embeds, latent_shape=latent_shape, use_cache=False, **given)
+    labels = torch.zeros(batch_size, length, dtype=torch.long)
+    return chunked_loss(transformer.lm_head, states.last_hidden_state, labels, config.z_loss_weight).total

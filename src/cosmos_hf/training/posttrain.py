@@ -7,31 +7,34 @@ the samples of a batch exchange them, as a share of the output.
 """
 
 import dataclasses
-import json
-import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_pipeline import CosmosLoraLoaderMixin
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
 from ..conditioning.camera import plucker_rays
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
-from ..models.condition_adapters import ConditionAdapter, GrownLinear, added_columns, added_parts
+from ..models.condition_adapters import GrownLinear, added_columns, added_parts
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..models.uncertainty_cosmos import UncertaintyHead
+from .adaptation import (
+    AdapterSettings,
+    add_lora,
+    check_init_from,
+    check_same_output,
+    freeze,
+    pipeline_settings,
+    save_adapter,
+    tell_trained,
+)
 from .cache import LatentDataset
 from .diffusion import CONDITIONS, DiffusionConfig, DiffusionLoss, Texts, WorldModel, validate, wave_conditions
-from .loop import TrainingError, to_device
-
-logger = logging.getLogger(__name__)
+from .loop import to_device
 
 INPUTS = {"camera": "camera", "action": "actions", "instruction": "text"}  # condition -> what a batch calls it
 SPECS = {"bridge": BRIDGE, "driving": DRIVING}
@@ -41,46 +44,26 @@ OF_THE_BASE += ("num_inference_steps", "guidance_scale")
 
 
 @dataclass
-class PosttrainConfig(DiffusionConfig):
+class PosttrainConfig(AdapterSettings, DiffusionConfig):
     conditions: list[str] = field(
         default_factory=list, metadata={"help": "what to learn: camera, action, instruction, one or several"}
     )
-    lora_rank: int = field(default=16, metadata={"help": "0: train all weights instead"})
-    lora_alpha: float = field(default=16.0, metadata={"help": "the LoRA counts lora_alpha / lora_rank"})
     lora_targets: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
         metadata={"help": "ends of the names of the layers in every block"},
     )
-    condition_dropout: float = field(default=0.1, metadata={"help": "share of samples whose conditions are zeroed"})
-    action_spec: str = field(
-        default="",
-        metadata={
-            "help": "what actions mean: bridge, driving, or a folder with action_spec.json; empty: LeRobot's own"
-        },
-    )
-    action_normalisation: str = field(default="quantile", metadata={"help": "none, standard, range or quantile"})
     num_frames: int = field(default=0, metadata={"help": "length of a window in pixel frames; 0: the base's"})
     max_sequence_length: int = field(default=0, metadata={"help": "text tokens; 0: the base's"})
 
     def __post_init__(self):
-        if not self.init_from:
-            raise ValueError("post-training starts from a pipeline: give its folder as init_from")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        if given := [name for name in OF_THE_BASE if getattr(self, name) != defaults[name]]:
-            raise ValueError(f"{', '.join(given)} cannot be set in post-training: the base's are kept")
+        check_init_from(self, OF_THE_BASE, {f.name: f.default for f in dataclasses.fields(self)})
         self.vae = self.vae or str(Path(self.init_from) / "vae")
         self.text_encoder = self.text_encoder or self.init_from
         super().__post_init__()
         unknown = [name for name in self.conditions if name not in INPUTS]
         if unknown or not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"conditions must be one or several of {', '.join(INPUTS)}, got {self.conditions}")
-        if self.lora_rank < 0 or self.lora_alpha <= 0 or not self.lora_targets:
-            raise ValueError("lora_rank must be >= 0 (0: train all weights), lora_alpha > 0, lora_targets not empty")
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
-        index = Path(self.init_from) / "model_index.json"
-        if index.exists():
-            settings = json.loads(index.read_text())
+        if settings := pipeline_settings(self.init_from):
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
             self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
 
@@ -93,7 +76,7 @@ class PosttrainConfig(DiffusionConfig):
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def find_action_spec(config: PosttrainConfig, data: LatentDataset) -> ActionSpec | None:
+def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec | None:
     """What the actions of the run mean, with the normalisation and the range of its data; None for a run without actions."""
     if "action" not in config.conditions:
         return None
@@ -155,6 +138,8 @@ def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
     base = Path(config.init_from)
     transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
     changes = config_changes(config, action_dim)
+    if config.lora_rank:
+        freeze(transformer, config)
     check_step_zero(transformer, lambda: _prepare(transformer, config, changes))
     uncertainty = None
     if config.learned_uncertainty:
@@ -162,10 +147,8 @@ def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
         uncertainty = UncertaintyHead.from_pretrained(base / "uncertainty") if kept else UncertaintyHead()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    model = WorldModel(transformer, None, uncertainty)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    logger.info("%.3f M of %.1f M parameters are trained", trained / 1e6, transformer.num_parameters() / 1e6)
-    return model
+    tell_trained(transformer)
+    return WorldModel(transformer, None, uncertainty)
 
 
 def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
@@ -181,8 +164,7 @@ def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, cha
     extend_conditions(transformer, **changes)
     if not config.lora_rank:
         return
-    transformer.requires_grad_(False)
-    add_lora(transformer, config)
+    add_lora(transformer, config, "transformer_blocks")
     for name in added_parts(changes):
         getattr(transformer, name).requires_grad_(True)
     if groups := added_columns(changes):
@@ -190,36 +172,9 @@ def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, cha
         transformer.patch_embed.proj = GrownLinear(transformer.patch_embed.proj, [columns[name] for name in groups])
 
 
-def add_lora(transformer: CosmosWorldTransformer3D, config: PosttrainConfig):
-    """LoRA on the blocks' layers whose names end in a target; ValueError for a target that matches none."""
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    layers = [name.split(".", 2)[1:] for name in layers if name.startswith("transformer_blocks.")]
-    blocks, found = set(), set()
-    for target in config.lora_targets:
-        hits = [(block, name) for block, name in layers if f".{name}".endswith(f".{target}")]
-        if not hits:
-            there = ", ".join(dict.fromkeys(name for _, name in layers))
-            raise ValueError(f"lora_targets: {target!r} ends the name of no layer; a block has {there}")
-        blocks |= {block for block, _ in hits}
-        found |= {name for _, name in hits}
-    count = len(transformer.transformer_blocks)
-    logger.info("LoRA of rank %d in %d/%d blocks: %s", config.lora_rank, len(blocks), count, ", ".join(sorted(found)))
-    pattern = "|".join(re.escape(target) for target in config.lora_targets)
-    transformer.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules=rf"transformer_blocks\.\d+\.(?:.*\.)?(?:{pattern})",
-        )
-    )
-
-
-@torch.no_grad()
-def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], None], tolerance: float = 1e-5):
-    """Make the change and compare one evaluation before and after it, with conditions that are not zero.
-
-    Raises TrainingError where they differ by more than `tolerance` of the output's size.
-    """
+def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], None]):
+    """`check_same_output` of one evaluation with conditions that are not zero."""
+    mixed = any(parameter.dtype == torch.bfloat16 for parameter in transformer.parameters())
 
     def output():
         config = transformer.config
@@ -229,14 +184,10 @@ def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], 
             others["condition_mask"] = torch.zeros(1, 1, frames, side, side)
         x = torch.arange(config.out_channels * frames * side**2).float().sin().view(1, -1, frames, side, side)
         text = torch.arange(8.0 * config.text_embed_dim).cos().view(1, 8, -1)
-        return transformer(x, torch.zeros(1), text, **others).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return transformer(x, torch.zeros(1), text, **others).sample.float()
 
-    before = output()
-    change()
-    off = (output() - before).abs().max() / before.square().mean().sqrt().clamp(min=1e-6)
-    if off > tolerance:
-        raise TrainingError(f"step 0 must be the base, but the output is off by {off:.2g} of its size")
-    logger.info("step 0 is the base: the output is off by %.1g of its size", off)
+    check_same_output(output, change)
 
 
 # ---- loss ----------------------------------------------------------------------------------------------------------
@@ -300,11 +251,18 @@ def validate_conditions(
     batch_size: int,
 ) -> dict:
     """`diffusion.validate`, and the sensitivity to every condition on every validation set."""
-    figures, device = validate(model, loss, batches, datasets, batch_size), next(model.parameters()).device
+    return validate(model, loss, batches, datasets, batch_size) | sensitivities(
+        model, loss, batches, datasets, batch_size
+    )
+
+
+def sensitivities(model: nn.Module, loss, batches, datasets: dict[str, LatentDataset], batch_size: int) -> dict:
+    """`loss.sensitivity` on every validation set, in batches of two samples or more."""
+    figures, device = {}, next(model.parameters()).device
     for name, dataset in datasets.items():
         measured = []
         for batch in DataLoader(dataset, max(2, batch_size), collate_fn=batches.collate):
-            if len(batch["latents"]) > 1:
+            if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
                 measured.append(loss.sensitivity(model, to_device(batch, device)))
         for figure in measured[0] if measured else ():
             figures[f"{name}_{figure}"] = sum(part[figure] for part in measured) / len(measured)
@@ -316,16 +274,6 @@ def validate_conditions(
 
 def export_adapter(model: WorldModel, folder: Path, config: PosttrainConfig, batches: ConditionBatches):
     """Write what was learned beside the base: LoRA, new columns and modules, what actions mean."""
-    transformer, folder = model.transformer, Path(folder)
-    lora = transformer.peft_config["default"].to_dict()
-    lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
-    CosmosLoraLoaderMixin.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="default"),
-        transformer_lora_adapter_metadata=lora,
-    )
     trained_on = dict(num_frames=config.num_frames, condition_dropout=config.condition_dropout)
     changes = config_changes(config, batches.action_dim)
-    ConditionAdapter.of(transformer, changes, names=config.conditions, **trained_on).save(folder)
-    if batches.spec is not None:
-        batches.spec.save(folder)
+    save_adapter(model.transformer, Path(folder), changes, batches.spec, names=config.conditions, **trained_on)
