@@ -79,8 +79,9 @@ class VideoEncoder(Coder):
         self.conv_out = FactorizedConv(width, config.z_channels)
 
     def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        x = haar_patch(x, self.patch_size, stream is None or stream.first)
-        return self._run([*self.levels, self.mid], self.conv_in(x, stream), stream)
+        # No name for the patches: they go when `conv_in` has read them.
+        x = self._run([*self.levels, self.mid], haar_patch(x, self.patch_size, stream is None or stream.first), stream)
+        return self.conv_out(x, stream, self.norm_out)
 
 
 class VideoDecoder(Coder):
@@ -118,7 +119,7 @@ class VideoDecoder(Coder):
             )
 
     def forward(self, z: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        x = self._run([self.mid, *self.levels], self.conv_in(z, stream), stream)
+        x = self.conv_out(self._run([self.mid, *self.levels], z, stream), stream, self.norm_out)
         return haar_unpatch(x, self.patch_size, stream is None or stream.first)
 
 

@@ -28,7 +28,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
     if plain or not blas_is_slow() or torch.is_autocast_enabled("cpu") or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1], channels last
+    # [batch, I, rows, 1], channels last; with one thread PyTorch takes oneDNN for a batch of 16 and more only.
+    batch = 16 if x.numel() // x.shape[-1] % 16 == 0 else 1
+    rows = x.reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
