@@ -31,31 +31,32 @@ def by_frames(function: Callable, *tensors: torch.Tensor, into: torch.Tensor | N
         into: a tensor of the result's shape that may be overwritten, also one of `tensors`, or None.
         growth: how many times larger than its input the function's result is.
     """
-    batch = tensors[0].shape[:2]
-    if not in_inference() or _length(tensors[0].flatten(0, 1)[None], 1, growth) >= batch.numel():
+    x, batch = tensors[0], tensors[0].shape[:2]
+    length = _length(x[:1, :1].nbytes * growth, x.device)
+    if not in_inference() or length >= batch.numel():
         return function(*tensors)
     tensors = [x.flatten(0, 1)[None] for x in tensors]
     into = into.flatten(0, 1)[None] if into is not None and into.is_contiguous() else None
-    return _in_blocks(function, tensors, 1, into, growth)[0].unflatten(0, batch)
+    return _in_blocks(function, tensors, 1, length, into)[0].unflatten(0, batch)
 
 
 def by_rows(function: Callable, *tensors: torch.Tensor, into: torch.Tensor | None = None):
     """function(*tensors) of tensors [B, T, H, W, C], where it treats every position (over all frames) alone; `into` as above."""
-    if not in_inference() or _length(tensors[0], 2) >= tensors[0].shape[2]:
+    x = tensors[0]
+    length = _length(x[:, :, :1].nbytes, x.device)
+    if not in_inference() or length >= x.shape[2]:
         return function(*tensors)
-    return _in_blocks(function, tensors, 2, into)
+    return _in_blocks(function, tensors, 2, length, into)
 
 
-def _length(x: torch.Tensor, axis: int, growth: int = 1) -> int:
-    """Steps along `axis` that make a block."""
-    step = x.narrow(axis, 0, 1).nbytes * growth
-    return max(1, (CPU_BLOCK if x.device.type == "cpu" else BLOCK) // max(step, 1))
+def _length(step_bytes: int, device: torch.device) -> int:
+    """Steps along an axis that make a block."""
+    return max(1, (CPU_BLOCK if device.type == "cpu" else BLOCK) // step_bytes)
 
 
-def _in_blocks(function, tensors, axis: int, into: torch.Tensor | None, growth: int = 1) -> torch.Tensor:
+def _in_blocks(function, tensors, axis: int, length: int, into: torch.Tensor | None) -> torch.Tensor:
     total = tensors[0].shape[axis]
-    count = -(-total // _length(tensors[0], axis, growth))
-    length = -(-total // count)  # blocks of about one size
+    length = -(-total // -(-total // length))  # as many blocks, of about one size
     for start in range(0, total, length):
         here = (*[slice(None)] * axis, slice(start, start + length))
         y = function(*(x[here] for x in tensors))

@@ -27,12 +27,13 @@ def haar_patch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Te
     """
     if first:
         x = torch.cat([x[:, :1].expand(-1, patch_size - 1, -1, -1, -1), x], dim=1)
-    return haar_split(x, patch_size, axes=(1, 2, 3))
+    groups = x.unflatten(1, (-1, patch_size))  # of frames, one patch each
+    return by_frames(lambda x: haar_split(x.flatten(1, 2), patch_size, axes=(1, 2, 3)), groups)
 
 
 def haar_unpatch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
     """Exact inverse of `haar_patch`; drops the p - 1 repeated frames at a clip's start."""
-    x = haar_merge(x, patch_size, axes=(1, 2, 3))
+    x = by_frames(lambda x: haar_merge(x, patch_size, axes=(1, 2, 3)).unflatten(1, (-1, patch_size)), x).flatten(1, 2)
     return x[:, patch_size - 1 :] if first else x
 
 
