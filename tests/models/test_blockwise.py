@@ -59,7 +59,7 @@ def test_growth_makes_blocks_smaller(monkeypatch):
     x = torch.randn(1, 4, 2, 2, 3)
     monkeypatch.setattr(blockwise, "CPU_BLOCK", x.nbytes)
     for growth, count in ((1, 1), (2, 2), (4, 4)):
-        function, shapes = recorded(lambda x: x.repeat_interleave(growth, 3))
+        function, shapes = recorded(lambda x, growth=growth: x.repeat_interleave(growth, 3))
         with torch.no_grad():
             out = by_frames(function, x, growth=growth)
         assert torch.equal(out, x.repeat_interleave(growth, 3)) and len(shapes) == count
