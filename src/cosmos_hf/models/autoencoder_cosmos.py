@@ -307,6 +307,8 @@ class CosmosVideoTokenizer(LatentCodingMixin, TilingMixin, StrictLoadingMixin, M
 
     def _in_chunks(self, code, x: torch.Tensor, lengths: list[int]) -> list:
         """Results of `code` on consecutive chunks of x along time; the last length is repeated to the end."""
+        if x.shape[2] <= lengths[0]:
+            return [code(x)]  # nothing to remember
         stream, parts, start = StreamState(), [], 0
         while start < x.shape[2]:
             length = lengths[min(len(parts), len(lengths) - 1)]
