@@ -24,7 +24,7 @@ from diffusers import (
     CosmosVideoToWorldPipeline,
     EDMEulerScheduler,
 )
-from measuring import compare, gflop, in_new_process, keep, machine, matmul_peak, peak_of, show
+from measuring import compare, gflop, in_new_process, keep, machine, peak_of, product_peak, show
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from cosmos_hf import CosmosVideo2WorldPipeline, CosmosWorldTransformer3D
@@ -67,13 +67,13 @@ def main(argv=None):
     if args.measure:
         print(measure(args.measure))
         return
-    figures = {"made_by": machine(argv), "matmul_peak_gflops": matmul_peak()}
-    figures["network"] = [network_call(name, args.repeats, figures["matmul_peak_gflops"]) for name in args.networks]
+    figures = {"made_by": machine(argv), "product_peak_gflops": product_peak()}
+    figures["network"] = [network_call(name, args.repeats, figures["product_peak_gflops"]) for name in args.networks]
     show(figures["network"])
     if not args.no_generation:
         ours, theirs = pipelines()
         row = compare(lambda: generate(ours), lambda: generate(theirs), args.repeats)
-        row |= dict(ours_mib=in_new_process("ours"), theirs_mib=in_new_process("theirs"))
+        row |= dict(ours_mib=in_new_process("ours")[0], theirs_mib=in_new_process("theirs")[0])
         figures["generation"] = [dict(**GENERATION, **row, memory_ratio=row["ours_mib"] / row["theirs_mib"])]
         show(figures["generation"])
     print(keep("diffusion", figures))

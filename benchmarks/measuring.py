@@ -4,6 +4,7 @@ Processors are shared and drift, so two candidates are timed in turn (A B A B ..
 neighbours. Memory is the high-water mark of a process of its own, less what it held before the call.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -15,10 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
+# A fixed threshold for every measured process: glibc's growing one keeps freed tensors, more or fewer of them from run to run.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def machine(argv=None) -> dict:
@@ -60,22 +64,60 @@ def compare(ours, theirs, repeats: int) -> dict:
     )
 
 
-def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
-    """The best GFLOP/s of a large float32 matrix product: the limit that the figures are set against."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
+def product_peak(sizes=(512, 1024), repeats: int = 5) -> float:
+    """The best GFLOP/s of a float32 matrix product, as `torch.mm` and as a 1x1 convolution: the limit that figures are set against.
+
+    Which of the two libraries behind them (MKL, oneDNN) is faster depends on the processor.
+    """
+    best = 0.0
+    for size in sizes:
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        # A batch of 16: with fewer samples and one thread PyTorch does not take oneDNN.
+        pixels, kernel = a.view(16, -1, 1, size).permute(0, 3, 1, 2), b[:, :, None, None]
+        for call in (lambda a=a, b=b: a @ b, lambda x=pixels, w=kernel: torch.conv2d(x, w)):
+            call()
+            best = max(best, 2 * size**3 / min(seconds(call) for _ in range(repeats)) / 1e9)
+    return best
 
 
 def gflop(call) -> float:
     """Multiplications and additions of a call's matrix products and convolutions, in units of 1e9."""
+    return sum(gflop_by_operation(call).values())
+
+
+def gflop_by_operation(call) -> dict[str, float]:
+    """The same by operation, e.g. {"convolution": ..., "mm": ...}."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops() / 1e9
+    counts = counter.get_flop_counts().get("Global", {})
+    return {str(operation).removeprefix("aten."): count / 1e9 for operation, count in counts.items()}
+
+
+def convolution_seconds(call) -> float:
+    """Time that a call spends in convolutions and in bringing their weights, or results, into another memory layout."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events = profiler.events()
+    times = [event.cpu_time_total for event in events if event.name == "aten::convolution"]
+    # Those inside a convolution are counted with it.
+    times += [
+        event.cpu_time_total for event in events if event.name == "aten::contiguous" and event.cpu_parent is None
+    ]
+    return sum(times) / 1e6
+
+
+def resident(*modules: torch.nn.Module):
+    """Read every weight: what a mapped file has not given yet would count as the memory of the first call."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.sum()
 
 
 def peak_of(call) -> float:
     """MiB that a call needs beyond what the process holds. Linux; the high-water mark is reset first."""
     call = torch.no_grad()(call)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # so that nothing freed earlier serves the call uncounted
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     call()
@@ -89,12 +131,12 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
-def in_new_process(*arguments: str) -> float:
-    """Run this script again with `--measure ...` and return the number that it prints last."""
-    output = subprocess.run(
-        [sys.executable, sys.argv[0], "--measure", *arguments], check=True, capture_output=True, text=True
-    ).stdout
-    return float(output.split()[-1])
+def in_new_process(*arguments: str) -> list[float]:
+    """Run this script again with `--measure ...` and return the numbers of the last line that it prints."""
+    command = [sys.executable, sys.argv[0], "--measure", *arguments]
+    env = {**os.environ, **ALLOCATOR}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    return [float(number) for number in output.splitlines()[-1].split()]
 
 
 def keep(name: str, figures: dict) -> Path:

@@ -2,19 +2,34 @@
 
     python benchmarks/tokenizer.py
 
-1. Encoding and decoding time, and each one's share of the machine's measured matrix-product peak.
-2. Peak memory of both, each in a process of its own.
-3. Peak memory against clip length: at once, and chunk by chunk.
+1. Time of encoding and of decoding, and the convolutions' share of the processor's peak, that of a large matrix product measured
+   beside each row. Both sides' arithmetic is what each really does.
+2. Peak memory of both, and of the chunked way, each call in a process of its own.
+3. Peak memory against clip length: at once, in chunks with the result as one tensor, and streamed with results passed on.
 
-Writes benchmarks/results/tokenizer.json.
+`--parts` runs some of these and keeps the others' figures. Writes benchmarks/results/tokenizer.json.
 """
 
 import argparse
+import json
 import tempfile
 
 import torch
 from diffusers import AutoencoderKLCosmos
-from measuring import compare, gflop, in_new_process, keep, machine, matmul_peak, peak_of, show
+from measuring import (
+    ALLOCATOR,
+    RESULTS,
+    compare,
+    convolution_seconds,
+    gflop_by_operation,
+    in_new_process,
+    keep,
+    machine,
+    peak_of,
+    product_peak,
+    resident,
+    show,
+)
 
 from cosmos_hf import CosmosVideoTokenizer
 
@@ -22,6 +37,11 @@ SIZES = ("9x128x128", "17x128x128", "17x256x256")  # frames x height x width
 LENGTHS = (9, 33, 121, 481)
 CHUNK = 16  # pixel frames of the streamed runs; 2 latent frames at 8x
 SMALL = (64, 64)
+WARM_UP = "9x32x32"
+MEMORY_MEASURE = (
+    "high-water mark (VmHWM) of a process of its own, less what it held before the call: weights read, libraries warmed up by a "
+    f"clip of {WARM_UP}, freed memory given back; environment of both sides {ALLOCATOR}"
+)
 # Full size by default; the narrow one shows memory against length in a time that is not that of the network's size.
 CONFIGS = {
     "full": {},
@@ -34,18 +54,23 @@ def main(argv=None):
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
-        print(measure(*args.measure))
+        print(*measure(*args.measure))
         return
-    figures = {"made_by": machine(argv), "matmul_peak_gflops": matmul_peak()}
-    figures["speed"] = speed(args.sizes, args.repeats, figures["matmul_peak_gflops"])
-    show(figures["speed"])
-    figures["memory"] = memory(args.sizes)
-    show(figures["memory"])
-    figures["memory_by_length"] = memory_by_length(args.lengths)
-    show(figures["memory_by_length"])
+    figures = {}
+    for name in args.parts:
+        figures[name] = PARTS[name](args)
+        show(figures[name])
+    kept = RESULTS / "tokenizer.json"
+    others = json.loads(kept.read_text()) if kept.exists() else {}
+    made_by = machine(argv)
+    commands = others.get("commands", {}) | dict.fromkeys(args.parts, made_by.pop("command"))
+    figures = {"made_by": made_by, "commands": commands, "memory_measure": MEMORY_MEASURE} | {
+        name: figures.get(name, others.get(name)) for name in PARTS if name in commands
+    }
     print(keep("tokenizer", figures))
 
 
@@ -63,10 +88,10 @@ def clip(size: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def speed(sizes, repeats: int, peak: float) -> list[dict]:
+def speed(args) -> list[dict]:
     ours, theirs = make("full")
     rows = []
-    for size in sizes:
+    for size in args.sizes:
         video = clip(size)
         latents = ours.encode(video).latents
         difference = (theirs.encode(video).latent_dist.mode() - latents).abs().max().item()
@@ -76,55 +101,92 @@ def speed(sizes, repeats: int, peak: float) -> list[dict]:
             "encode": (lambda v=video: ours.encode(v), lambda v=video: theirs.encode(v)),
             "decode": (lambda z=latents: ours.decode(z), lambda z=latents: theirs.decode(z)),
         }
-        for name, (a, b) in calls.items():
-            work = gflop(b)
-            row = compare(a, b, repeats)
-            row |= dict(ours_of_peak=work / row["ours_s"] / peak, theirs_of_peak=work / row["theirs_s"] / peak)
-            rows.append(dict(size=size, call=name, gflop=work, **row))
+        for name, pair in calls.items():
+            row = dict(size=size, call=name, **compare(*pair, args.repeats))
+            rows.append(row | convolutions(*pair))
     return rows
 
 
-def memory(sizes) -> list[dict]:
+def convolutions(ours, theirs, repeats: int = 2) -> dict:
+    """Rates of both, each the best of some runs between which the peak is measured: the processor's clock drifts."""
+    peaks, times = [product_peak()], {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        for name, call in (("ours", ours), ("theirs", theirs)):
+            times[name].append(convolution_seconds(call))
+            peaks.append(product_peak())
+    row = dict(product_peak_gflops=max(peaks))
+    for name, call in (("ours", ours), ("theirs", theirs)):
+        work = gflop_by_operation(call)["convolution"]
+        row[f"{name}_convolution_gflop"] = work
+        row[f"{name}_convolutions_of_peak"] = work / min(times[name]) / max(peaks)
+    return row
+
+
+def memory(args) -> list[dict]:
     rows = []
-    for size in sizes:
-        for call in ("encode", "decode"):
-            a, b = (in_new_process("full", who, call, size) for who in ("ours", "theirs"))
-            rows.append(dict(size=size, call=call, ours_mib=a, theirs_mib=b, ratio=a / b))
+    for size in args.sizes:
+        peaks = {who: in_new_process("full", who, size) for who in ("ours", "theirs", "chunked")}
+        for i, call in enumerate(("encode", "decode")):
+            row = {f"{who}_mib": peak[i] for who, peak in peaks.items()}
+            rows.append(dict(size=size, call=call, **row, ratio=row["ours_mib"] / row["theirs_mib"]))
     return rows
 
 
-def memory_by_length(lengths) -> list[dict]:
+def memory_by_length(args) -> list[dict]:
     rows = []
-    for length in lengths:
+    for length in args.lengths:
         size = f"{length}x{SMALL[0]}x{SMALL[1]}"
         row = dict(size=size)
-        for call in ("encode", "decode"):
-            for who in ("theirs", "ours", "streamed"):
-                row[f"{call}_{who}_mib"] = in_new_process("narrow", who, call, size)
+        for who in ("theirs", "ours", "chunked", "streamed"):
+            row[f"encode_{who}_mib"], row[f"decode_{who}_mib"] = in_new_process("narrow", who, size)
         rows.append(row)
     return rows
 
 
+PARTS = {"speed": speed, "memory": memory, "memory_by_length": memory_by_length}
+
+
 @torch.no_grad()
-def measure(config: str, who: str, call: str, size: str) -> float:
-    """Peak MiB of one call."""
+def measure(config: str, who: str, size: str) -> list[float]:
+    """Peak MiB of encoding and of decoding."""
     ours, theirs = make(config)
+    resident(ours, theirs)
+    for run in (encoding, decoding):
+        run(ours, theirs, who, WARM_UP)()
+    return [peak_of(run(ours, theirs, who, size)) for run in (encoding, decoding)]
+
+
+def encoding(ours, theirs, who: str, size: str):
     video = clip(size)
-    if call == "encode":
-        calls = dict(
-            ours=lambda: ours.encode(video),
-            theirs=lambda: theirs.encode(video),
-            streamed=lambda: ours.encode(video, chunk=CHUNK),
-        )
-    else:
-        frames = ours.latent_frames(video.shape[2])
-        latents = torch.randn(1, 16, frames, video.shape[3] // 8, video.shape[4] // 8)
-        calls = dict(
-            ours=lambda: ours.decode(latents),
-            theirs=lambda: theirs.decode(latents),
-            streamed=lambda: ours.decode(latents, chunk=CHUNK // 8),
-        )
-    return peak_of(calls[who])
+
+    def streamed():
+        stream = ours.encoder_stream()
+        for start in (0, *range(1 + CHUNK, video.shape[2], CHUNK)):
+            stream.push(video[:, :, start : start + CHUNK + (start == 0)])
+
+    return dict(
+        ours=lambda: ours.encode(video),
+        theirs=lambda: theirs.encode(video),
+        chunked=lambda: ours.encode(video, chunk=CHUNK),
+        streamed=streamed,
+    )[who]
+
+
+def decoding(ours, theirs, who: str, size: str):
+    frames, height, width = map(int, size.split("x"))
+    latents = torch.randn(1, 16, ours.latent_frames(frames), height // 8, width // 8)
+
+    def streamed():
+        stream = ours.decoder_stream()
+        for part in latents.split(CHUNK // 8, dim=2):
+            stream.push(part)
+
+    return dict(
+        ours=lambda: ours.decode(latents),
+        theirs=lambda: theirs.decode(latents),
+        chunked=lambda: ours.decode(latents, chunk=CHUNK // 8),
+        streamed=streamed,
+    )[who]
 
 
 if __name__ == "__main__":

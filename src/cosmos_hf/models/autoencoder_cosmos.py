@@ -79,8 +79,9 @@ class VideoEncoder(Coder):
         self.conv_out = FactorizedConv(width, config.z_channels)
 
     def forward(self, x: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        x = haar_patch(x, self.patch_size, stream is None or stream.first)
-        return self._run([*self.levels, self.mid], self.conv_in(x, stream), stream)
+        # No name for the patches: they go when `conv_in` has read them.
+        x = self._run([*self.levels, self.mid], haar_patch(x, self.patch_size, stream is None or stream.first), stream)
+        return self.conv_out(x, stream, self.norm_out)
 
 
 class VideoDecoder(Coder):
@@ -118,7 +119,7 @@ class VideoDecoder(Coder):
             )
 
     def forward(self, z: torch.Tensor, stream: StreamState | None = None) -> torch.Tensor:
-        x = self._run([self.mid, *self.levels], self.conv_in(z, stream), stream)
+        x = self.conv_out(self._run([self.mid, *self.levels], z, stream), stream, self.norm_out)
         return haar_unpatch(x, self.patch_size, stream is None or stream.first)
 
 
@@ -310,6 +311,8 @@ class CosmosVideoTokenizer(
 
     def _in_chunks(self, code, x: torch.Tensor, lengths: list[int]) -> list:
         """Results of `code` on consecutive chunks of x along time; the last length is repeated to the end."""
+        if x.shape[2] <= lengths[0]:
+            return [code(x)]  # nothing to remember
         stream, parts, start = StreamState(), [], 0
         while start < x.shape[2]:
             length = lengths[min(len(parts), len(lengths) - 1)]

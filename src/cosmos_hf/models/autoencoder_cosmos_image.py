@@ -7,6 +7,7 @@ Axes: B batch, C channels, H and W height and width; H', W' the same of the late
 """
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -71,7 +72,8 @@ class ImageEncoder(Coder):
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run([*self.levels, self.mid], self.conv_in(image_patch(x, self.patch_size)))
+        x = self._run([*self.levels, self.mid], image_patch(x, self.patch_size))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class ImageDecoder(Coder):
@@ -97,7 +99,8 @@ class ImageDecoder(Coder):
         self.conv_out = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return image_unpatch(self._run([self.mid, *self.levels], self.conv_in(z)), self.patch_size)
+        x = self._run([self.mid, *self.levels], z)
+        return image_unpatch(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
 def _level(in_channels: int, out_channels: int, num_blocks: int, attention: bool, resample: nn.Module | None) -> Level:

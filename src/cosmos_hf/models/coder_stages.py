@@ -4,7 +4,6 @@
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -39,15 +38,16 @@ class Middle(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoders and decoders share: the run of stages between `conv_in` and `conv_out`."""
+    """What encoders and decoders share: the run of `conv_in` and the stages after it."""
 
     gradient_checkpointing = False
 
     def _run(self, stages, x: torch.Tensor, *stream) -> torch.Tensor:
         whole_clip = all(state is None for state in stream)
+        x = self.conv_in(x, *stream)
         for stage in stages:
             if self.gradient_checkpointing and torch.is_grad_enabled() and whole_clip:
                 x = self._gradient_checkpointing_func(stage, x)
             else:
                 x = stage(x, *stream)
-        return self.conv_out(F.silu(self.norm_out(x)), *stream)
+        return x
