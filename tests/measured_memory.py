@@ -1,4 +1,4 @@
-"""What a call allocates, measured."""
+"""What a call allocates, measured; and whether an estimate says so."""
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,3 +14,9 @@ def measured(call) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def agree(estimate: int, peak: int, model, tolerance: float = 0.05) -> bool:
+    """Within the tolerance, but for a processor's copy of a weight: oneDNN puts it into an order of its own for a product."""
+    copy = max(weight.nbytes for weight in model.parameters())
+    return (peak - copy) * (1 - tolerance) <= estimate <= peak * (1 + tolerance)

