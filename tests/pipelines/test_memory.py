@@ -9,7 +9,6 @@ from cosmos_hf import estimate_memory
 from cosmos_hf.pipelines import memory
 from measured_memory import agree, measured
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 SIZE = dict(height=64, width=96, num_frames=9)
 
 

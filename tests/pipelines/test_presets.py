@@ -21,7 +21,6 @@ from cosmos_hf.pipelines.presets import PRESETS, STORAGES, place_weights
 from measured_memory import agree, measured
 from tiny_pipelines import SETTINGS, components
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 GIVEN = dict(prompt="a robot arm", output_type="pt", num_conditioning_frames=1)
 
 
