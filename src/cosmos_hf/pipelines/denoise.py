@@ -4,6 +4,7 @@ import torch
 
 from ..conditioning.frames import FrameCondition, condition_mask
 from .sampling import Sampling, guided
+from .windows import Windows
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def denoise_latents(
     sampling: Sampling | dict | None = None,
     padding_mask: torch.Tensor | None = None,
     conditions: dict[str, torch.Tensor] | None = None,
+    windows: Windows | None = None,
 ) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] -> latents of the same shape, float32, sigma_data times normalised.
 
@@ -31,6 +33,7 @@ def denoise_latents(
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
     "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
     `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
+    `windows` cover the clip where it is longer than what the network takes at once.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
@@ -45,7 +48,12 @@ def denoise_latents(
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
-        return transformer(hidden_states, c_noise, texts_of(texts), fps=fps, **given).sample.float()
+        prepared = texts_of(texts)
+
+        def evaluate(states, inputs):
+            return transformer(states, c_noise, prepared, fps=fps, **inputs).sample.float()
+
+        return evaluate(hidden_states, given) if windows is None else windows.evaluate(evaluate, hidden_states, given)
 
     def network(hidden_states, c_noise):
         if negative_text is None:
