@@ -27,6 +27,6 @@ class CosmosStoredPrompt(StrictLoadingMixin, ModelMixin, ConfigMixin):
             if mask.numel() != len(embeds):
                 raise ValueError(f"the mask of {len(embeds)} tokens has shape {tuple(mask.shape)}")
             embeds = embeds * mask.reshape(-1, 1).to(embeds)
-        prompt = cls(*embeds.shape, text=text).to(embeds.dtype)
-        prompt.embeds.data.copy_(embeds)
+        prompt = cls(*embeds.shape, text=text)
+        prompt.embeds.data = embeds.detach().clone()
         return prompt

@@ -26,9 +26,17 @@ from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import ConditionAdapter, GrownLinear, added_columns, added_parts
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
-from ..models.uncertainty_cosmos import UncertaintyHead
 from .cache import LatentDataset
-from .diffusion import CONDITIONS, DiffusionConfig, DiffusionLoss, Texts, WorldModel, validate, wave_conditions
+from .diffusion import (
+    CONDITIONS,
+    DiffusionConfig,
+    DiffusionLoss,
+    Texts,
+    WorldModel,
+    build_uncertainty,
+    validate,
+    wave_conditions,
+)
 from .loop import TrainingError, to_device
 
 logger = logging.getLogger(__name__)
@@ -152,17 +160,12 @@ def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
 
     Raises TrainingError where it does not compute what the base does, ValueError for LoRA targets that match nothing.
     """
-    base = Path(config.init_from)
-    transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
+    transformer = CosmosWorldTransformer3D.from_pretrained(Path(config.init_from) / "transformer")
     changes = config_changes(config, action_dim)
     check_step_zero(transformer, lambda: _prepare(transformer, config, changes))
-    uncertainty = None
-    if config.learned_uncertainty:
-        kept = (base / "uncertainty").is_dir()
-        uncertainty = UncertaintyHead.from_pretrained(base / "uncertainty") if kept else UncertaintyHead()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    model = WorldModel(transformer, None, uncertainty)
+    model = WorldModel(transformer, None, build_uncertainty(config))
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     logger.info("%.3f M of %.1f M parameters are trained", trained / 1e6, transformer.num_parameters() / 1e6)
     return model
