@@ -109,6 +109,10 @@ def test_save_and_load_in_a_fresh_process_and_the_script(pipe, tmp_path):
         "assert P.from_pretrained(d + '/pipe', diffusion_decoder=None).diffusion_decoder is None"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    without = CosmosAutoregressivePipeline(vae=pipe.vae, transformer=pipe.transformer)
+    without.save_pretrained(folder)  # the other folder stays there, but the index no longer names it
+    assert CosmosAutoregressivePipeline.from_pretrained(folder).diffusion_decoder is None
+    pipe.save_pretrained(folder)
     write_video(tmp_path / "in.mp4", VIDEO, fps=5)
     main = runpy.run_path(str(SCRIPT))["main"]
     arguments = ["--model", str(folder), "--input", str(tmp_path / "in.mp4"), "--output"]
@@ -145,6 +149,10 @@ def test_parts_that_do_not_fit_are_refused():
         (dict(use_diffusion_decoder=False, decoder_options={}), "decoder_options would be ignored"),
         (dict(output_type="latent", use_diffusion_decoder=True), "gives the codes, which nothing decodes"),
         (dict(output_type="latent", decoder_options={}), "decoder_options would be ignored"),
+        (dict(decoder_options=dict(guidance_scale=-1)), "guidance_scale must be >= 0"),
+        (dict(decoder_options=dict(overlap_latent_frames=3)), "less than the window of 3, got 3"),
+        (dict(decoder_options=dict(num_inference_steps=0)), "num_inference_steps must be at least 1"),
+        (dict(decoder_options=dict(sampling=dict(solver="ddim"))), "solver must be one of"),
         (
             dict(decoder_options=dict(steps=3)),
             "decoder_options has no steps; there is num_inference_steps, guidance_scale",

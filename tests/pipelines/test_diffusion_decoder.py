@@ -112,6 +112,23 @@ def test_the_unconditional_branch_has_code_0_and_no_text(pipe, monkeypatch):
     assert seen[0][0] > 0 and seen[0][1] > 0 and seen[1] == (0, 0)
 
 
+def test_both_branches_in_one_batch_are_the_same(pipe):
+    codes = indices(5, batch=2)
+    both = run(pipe, codes, sampling=dict(batch_guidance=True))
+    torch.testing.assert_close(both, run(pipe, codes), atol=1e-4, rtol=1e-4)
+
+
+def test_a_callback_sees_every_step_and_may_stop(pipe):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        pipe.interrupt = True
+
+    assert run(pipe, indices(), num_inference_steps=4, callback_on_step_end=callback).shape == (1, 16, 3, 4, 8)
+    assert seen == [{"latents": (1, 16, 3, 4, 8), "denoised": (1, 16, 3, 4, 8)}]
+
+
 def test_a_seed_gives_the_same_video_alone_or_in_a_batch(pipe):
     batch = run(pipe, indices(batch=2), generator=seeds(1, 2))
     for i in range(2):

@@ -18,7 +18,6 @@ from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
 # The published models were trained with one and with nine frames given, so more than nine are not taken unasked.
 DEFAULT_CONDITIONING_FRAMES = 9
 DECODER_OPTIONS = ("num_inference_steps", "guidance_scale", "overlap_latent_frames", "fps", "sampling")
-DECODER_OPTIONS += ("callback_on_step_end",)
 
 
 class CosmosAutoregressivePipeline(DiffusionPipeline):
@@ -83,14 +82,14 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As of every diffusers pipeline; a diffusion decoder gets the same dtype. `diffusion_decoder=None` leaves it out."""
-        place, dtype = (
-            Path(pretrained_model_name_or_path) / "diffusion_decoder",
-            kwargs.get("dtype", kwargs.get("torch_dtype")),
-        )
+        place, name = Path(pretrained_model_name_or_path), "diffusion_decoder"
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         if isinstance(dtype, dict):
-            dtype = dtype.get("diffusion_decoder", dtype.get("default"))
-        if "diffusion_decoder" not in kwargs and place.is_dir() and dtype is not None:
-            kwargs["diffusion_decoder"] = CosmosDiffusionDecoderPipeline.from_pretrained(place, torch_dtype=dtype)
+            dtype = dtype.get(name, dtype.get("default"))
+        index = cls.load_config(place) if place.is_dir() else {}
+        if name not in kwargs and index.get(name, [None])[0] is not None:
+            passed = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
+            kwargs[name] = CosmosDiffusionDecoderPipeline.from_pretrained(place / name, torch_dtype=dtype, **passed)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if pipe.diffusion_decoder is not None and dtype is not None:
             pipe.diffusion_decoder.to(dtype=dtype)
@@ -163,7 +162,8 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
                 (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
             use_diffusion_decoder: whether the diffusion decoder makes the video, or the tokenizer; None: if there is one.
-            decoder_options: of the diffusion decoder's call, such as num_inference_steps and guidance_scale.
+            decoder_options: of the diffusion decoder's call: num_inference_steps, guidance_scale, overlap_latent_frames, fps,
+                sampling.
             output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'], which nothing decodes.
 
         Raises ValueError for contradictions and sizes that the models cannot represent.
@@ -242,6 +242,7 @@ class CosmosAutoregressivePipeline(DiffusionPipeline):
             raise ValueError(f"decoder_options has no {', '.join(unknown)}; there is {', '.join(DECODER_OPTIONS)}")
         factor = self.vae.config.spatial_compression
         size = run["height"] // factor, run["width"] // factor
+        decoder.resolve(**options or {})
         decoder.check_grid(self.vae.latent_frames(run["num_frames"]), *size)
         return dict(options or {})
 

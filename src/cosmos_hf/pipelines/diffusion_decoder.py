@@ -36,8 +36,8 @@ class CosmosDiffusionDecoderPipeline(DiffusionPipeline):
         stored_prompt: the embedding of the text that the network gets unless a call gives one; None is zeros.
         fsq_levels, code_temporal_compression, code_spatial_compression: the discrete tokenizer whose codes it decodes.
         window_latent_frames: latent frames that the transformer was trained with.
-        overlap_latent_frames: see the call; None is half of a window. (The published code takes 2 of 8, where the ideal
-            network of a toy problem still leaves half of the seam, see `tests/pipelines/test_diffusion_decoder.py`.)
+        overlap_latent_frames: what a call uses unless it says otherwise; None is half of a window. (The published code takes 2
+            of 8, which leaves more of a seam: docs/autoregressive.md.)
         fps, num_inference_steps, guidance_scale: what a call uses unless it says otherwise.
         takes_text: whether the transformer was trained with texts; else it gets zeros, and a text is refused.
     """
@@ -118,16 +118,13 @@ class CosmosDiffusionDecoderPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        given = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, fps=fps)
-        run = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
-        if run["guidance_scale"] < 0:
-            raise ValueError(f"guidance_scale must be >= 0 (0 switches guidance off), got {run['guidance_scale']}")
+        run = self.resolve(num_inference_steps, guidance_scale, overlap_latent_frames, fps, sampling)
         self.interrupt, device = False, self._execution_device
         indices = self._indices(codes).to(device)
         size = self.check_grid(*indices.shape[1:])
         window = self.config.window_latent_frames
         condition = mirror_frames(self.code_grid.spread(indices)[:, None], window)  # [B, 1, T, H', W']
-        windows = Windows(condition.shape[2], window, self._overlap(overlap_latent_frames))
+        windows = Windows(condition.shape[2], window, run["overlap_latent_frames"])
         shape = (len(indices), self.vae.config.latent_channels, condition.shape[2], *size[1:])
         text = self._text(prompt_embeds, len(indices), device)
         if latents is None:
@@ -144,7 +141,7 @@ class CosmosDiffusionDecoderPipeline(DiffusionPipeline):
             guidance_scale=run["guidance_scale"],
             callback=callback_on_step_end,
             callback_tensors=("latents", "denoised"),
-            sampling=replace(Sampling.of(sampling), drop_conditions=("condition",)),
+            sampling=replace(run["sampling"], drop_conditions=("condition",)),
             conditions={"condition": condition},
             windows=windows,
         )[:, :, : size[0]]
@@ -172,9 +169,22 @@ class CosmosDiffusionDecoderPipeline(DiffusionPipeline):
         scale = self.vae.config.spatial_compression
         return VideoProcessor(vae_scale_factor=scale).postprocess_video(video, output_type)
 
-    def _overlap(self, overlap: int | None) -> int:
-        overlap = self.config.overlap_latent_frames if overlap is None else overlap
-        return self.config.window_latent_frames // 2 if overlap is None else overlap
+    def resolve(
+        self, num_inference_steps=None, guidance_scale=None, overlap_latent_frames=None, fps=None, sampling=None
+    ) -> dict:
+        """These arguments of a call, over the pipeline's own settings; checked."""
+        given = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, fps=fps)
+        given["overlap_latent_frames"] = overlap_latent_frames
+        run = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        run["sampling"] = sampling = Sampling.of(sampling)
+        window = self.config.window_latent_frames
+        if run["overlap_latent_frames"] is None:
+            run["overlap_latent_frames"] = window // 2
+        if run["guidance_scale"] < 0:
+            raise ValueError(f"guidance_scale must be >= 0 (0 switches guidance off), got {run['guidance_scale']}")
+        Windows(window, window, run["overlap_latent_frames"])
+        self.scheduler.set_timesteps(run["num_inference_steps"], None, sampling.solver, sampling.grid)
+        return run
 
     # ---- inputs ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +269,7 @@ class CosmosDiffusionDecoderPipeline(DiffusionPipeline):
                 f"window_latent_frames must be between 2 and the transformer's {transformer.max_size[0]} (max_size), got "
                 f"{window}"
             )
-        Windows(window, window, self._overlap(None))
+        self.resolve()
         stored = self.stored_prompt
         if stored is not None and not config.takes_text:
             raise ValueError("stored_prompt is for a transformer that was trained with texts (takes_text)")
