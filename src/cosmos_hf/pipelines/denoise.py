@@ -44,16 +44,11 @@ def denoise_latents(
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
 
-    texts_of = _Texts(transformer)
+    evaluate = _Network(transformer, fps, windows)
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
-        prepared = texts_of(texts)
-
-        def evaluate(states, inputs):
-            return transformer(states, c_noise, prepared, fps=fps, **inputs).sample.float()
-
-        return evaluate(hidden_states, given) if windows is None else windows.evaluate(evaluate, hidden_states, given)
+        return evaluate(hidden_states, c_noise, texts, given)
 
     def network(hidden_states, c_noise):
         if negative_text is None:
@@ -77,13 +72,26 @@ def denoise_latents(
     return _finite(latents)
 
 
-class _Texts:
-    """A batch's texts as the network takes them, with keys and values that are computed once for all steps."""
+class _Network:
+    """The transformer for all steps: texts' keys and values are computed once, and windows cover a clip that is too long."""
 
-    def __init__(self, transformer):
-        self._transformer, self._kept = transformer, []
+    def __init__(self, transformer, fps: float, windows: Windows | None):
+        self._transformer, self._fps, self._windows, self._kept = transformer, fps, windows, []
 
-    def __call__(self, texts: tuple[torch.Tensor, ...]):
+    def __call__(
+        self, hidden_states: torch.Tensor, c_noise: torch.Tensor, texts: tuple[torch.Tensor, ...], given: dict
+    ):
+        """Raw output [B, C, T, H, W] float32."""
+        prepared = self._prepared(texts)
+
+        def evaluate(states, inputs):
+            return self._transformer(states, c_noise, prepared, fps=self._fps, **inputs).sample.float()
+
+        if self._windows is None:
+            return evaluate(hidden_states, given)
+        return self._windows.evaluate(evaluate, hidden_states, given)
+
+    def _prepared(self, texts: tuple[torch.Tensor, ...]):
         for known, prepared in self._kept:
             if len(known) == len(texts) and all(a is b for a, b in zip(known, texts, strict=True)):
                 return prepared
