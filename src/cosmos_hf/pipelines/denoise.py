@@ -37,9 +37,7 @@ def denoise_latents(
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
-    conditions = dict(conditions or {})
-    if padding_mask is not None:
-        conditions["padding_mask"] = padding_mask
+    conditions = dict(conditions or {}) | ({} if padding_mask is None else {"padding_mask": padding_mask})
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
