@@ -2,7 +2,8 @@
 
     python pipelines/ar_video2world.py --model cosmos-5b --input robot.mp4 --prompt "A robot arm picks up the red cube."
 
-The input is treated as in `video2world.py`. Videos longer than the model's grid are made by sliding windows over the codes.
+The input is treated as in `video2world.py`. Videos longer than the model's grid are made by sliding windows over the codes. A model
+that has a diffusion decoder decodes with it.
 """
 
 import argparse
@@ -25,6 +26,8 @@ def main(argv=None):
     parser.add_argument("--output", default="outputs/world.mp4")
     for name in INTEGERS + NUMBERS:
         parser.add_argument(f"--{name}", type=int if name in INTEGERS else float, help="default: the model's")
+    parser.add_argument("--no_diffusion_decoder", action="store_true", help="let the tokenizer decode")
+    parser.add_argument("--decoder_steps", type=int, help="steps of the diffusion decoder; default: the model's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -36,6 +39,8 @@ def main(argv=None):
         kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
         result = pipe(
             **{kind: args.input, "prompt": args.prompt} | {name: getattr(args, name) for name in INTEGERS + NUMBERS},
+            use_diffusion_decoder=False if args.no_diffusion_decoder else None,
+            decoder_options=None if args.decoder_steps is None else dict(num_inference_steps=args.decoder_steps),
             generator=torch.Generator().manual_seed(args.seed),
             output_type="pt",
         )

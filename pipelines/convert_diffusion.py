@@ -4,8 +4,11 @@
     python pipelines/convert_diffusion.py ours --to original --output model.pt
     python pipelines/convert_diffusion.py ours --to diffusers --output theirs
 
+    python pipelines/convert_diffusion.py model.pt --preset 7b-diffusion-decoder --vae cv8x8x8 --aux_vars aux_vars.pt --output ours
+
 A checkpoint is `.pt` or `.safetensors`, one file or a folder of shards; memory stays near one shard of the output. `--base` is the
 folder of a pipeline, in our layout or the one published for diffusers, that the text encoder, tokenizers and scheduler come from.
+A diffusion decoder has other parts: a continuous tokenizer (`pipelines/convert_tokenizer.py`), and the text of its `aux_vars.pt`.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from cosmos_hf.convert.checkpoints import parse_size
 from cosmos_hf.convert.diffusion_checkpoints import convert_checkpoint, export_checkpoint, transformer_config_of
 from cosmos_hf.models.transformer_cosmos import PRESETS
 from cosmos_hf.models.uncertainty_cosmos import UncertaintyHead
-from cosmos_hf.pipelines.published_layout import complete_pipeline, export_for_diffusers
+from cosmos_hf.pipelines.published_layout import complete_decoder, complete_pipeline, export_for_diffusers
 from cosmos_hf.pipelines.scripting import report
 
 
@@ -32,6 +35,11 @@ def main(argv=None):
     parser.add_argument(
         "--base", type=Path, help="pipeline that the other parts come from; without it only the network is written"
     )
+    parser.add_argument("--vae", type=Path, help="diffusion decoder: folder of the continuous tokenizer")
+    parser.add_argument(
+        "--codes", type=Path, help="diffusion decoder: folder of the discrete tokenizer if not DV8x16x16"
+    )
+    parser.add_argument("--aux_vars", type=Path, help="diffusion decoder: the published file with its text")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--no_preflight", action="store_true", help="do not load and run the result")
@@ -43,12 +51,16 @@ def main(argv=None):
             if (args.preset is None) == (args.config is None):
                 raise ValueError("give --preset or --config, so that every key of the checkpoint can be checked")
             config = PRESETS[args.preset] if args.preset else transformer_config_of(args.config)
+            check_parts(args, decodes=config.get("condition_vocab_size") is not None)
             head = convert_checkpoint(args.source, args.output / "transformer", config, **options)
             if head is not None:
                 head.save_pretrained(args.output / "uncertainty")
             if args.base:
                 complete_pipeline(args.base, args.output)
-            check(args.output if args.base else args.output / "transformer", args.no_preflight, dtype)
+            if args.vae:
+                complete_decoder(args.output, args.vae, args.codes, args.aux_vars)
+            whole = args.base or args.vae
+            check(args.output if whole else args.output / "transformer", args.no_preflight, dtype)
         elif args.to == "original":
             network = args.source / "transformer" if (args.source / "transformer").is_dir() else args.source
             kept = args.source / "uncertainty"
@@ -60,6 +72,18 @@ def main(argv=None):
             export_for_diffusers(args.source, args.output)
             check(args.output, args.no_preflight, None)
     print(f"{args.output}: written")
+
+
+def check_parts(args, decodes: bool):
+    """A world model's other parts come from a base, a diffusion decoder's from its tokenizer and its text."""
+    if decodes and args.base:
+        raise ValueError(
+            "--base is for world models; a diffusion decoder's pipeline needs --vae, a continuous tokenizer"
+        )
+    if not decodes and (args.vae or args.codes or args.aux_vars):
+        raise ValueError("--vae, --codes and --aux_vars are for a diffusion decoder; this network takes no codes")
+    if (args.codes or args.aux_vars) and not args.vae:
+        raise ValueError("--codes and --aux_vars are parts of a pipeline: give --vae, its continuous tokenizer, too")
 
 
 def check(folder: Path, skip: bool, dtype: torch.dtype | None):

@@ -6,7 +6,15 @@ import pytest
 import torch
 import yaml
 
-from cosmos_hf.training import autoregressive, diffusion, medusa, posttrain, posttrain_autoregressive, tokenizer
+from cosmos_hf.training import (
+    autoregressive,
+    decoder,
+    diffusion,
+    medusa,
+    posttrain,
+    posttrain_autoregressive,
+    tokenizer,
+)
 from cosmos_hf.training.config import TokenizerConfig, parse
 
 FILES = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
@@ -20,6 +28,8 @@ PARAMETERS = {  # millions, of the network that the run trains
     "nano_tokenizer_discrete": 3.0,
     "nano_autoregressive": 8.1,
     "cosmos_4b_autoregressive": 4014,
+    "cosmos_7b_diffusion_decoder": 7237,
+    "nano_diffusion_decoder": 4.8,
 }
 
 
@@ -30,6 +40,7 @@ def test_config_builds(path):
         None: (tokenizer, TokenizerConfig),
         "diffusion": (diffusion, diffusion.DiffusionConfig),
         "autoregressive": (autoregressive, autoregressive.AutoregressiveConfig),
+        "decoder": (decoder, decoder.DecoderConfig),
         "medusa": (medusa, medusa.MedusaConfig),
         "posttrain diffusion": (posttrain, posttrain.PosttrainConfig),
         "posttrain autoregressive": (posttrain_autoregressive, posttrain_autoregressive.ARPosttrainConfig),

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cosmos_hf import CosmosVideoTokenizer, nano_path
+from cosmos_hf import CosmosDiffusionDecoderPipeline, CosmosVideoTokenizer, nano_path
+from cosmos_hf.convert import load_original
 from cosmos_hf.convert.checkpoints import Checkpoint
 from cosmos_hf.data.video import VideoWriter, read_metadata, read_video, write_video
+from golden_files import golden, weights
+from tiny_tokenizers import tiny_video
 from torchscript_files import fixture, save_torchscript
 
 SCRIPTS = Path(__file__).parents[1] / "pipelines"
@@ -397,6 +400,55 @@ def test_convert_diffusion_there_and_back(tmp_path, capsys):
     run("convert_diffusion", tmp_path / "ours", "--to", "diffusers", "--output", tmp_path / "theirs")
     index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "CosmosTransformer3DModel"]
+
+
+def test_convert_a_diffusion_decoder(tmp_path, capsys):
+    """A checkpoint of the reference, a tokenizer and the file with its text -> a folder that the pipeline reads, and back."""
+    tensors, metadata, config = golden("diffusion_decoder", "diffusion_decoder_dit")
+    state = {f"net.{key}": value for key, value in weights(tensors).items()}
+    torch.save(state, tmp_path / "model.pt")
+    text = tensors["crossattn_emb"]
+    mask = torch.ones(text.shape[:2]).index_fill(1, torch.tensor([text.shape[1] - 1]), 0)
+    torch.save({"context": text, "context_mask": mask}, tmp_path / "aux_vars.pt")
+    reference = load_original(metadata["cls"].rsplit(".", 1)[-1], config, weights(tensors))
+    reference.save_config(tmp_path / "config")
+    statistics = dict(latents_mean=[0.1] * 16, latents_std=[0.5] * 16)
+    tiny_video(temporal_compression=8, **statistics).save_pretrained(tmp_path / "vae")
+    codes = tiny_video(
+        quantizer="fsq", fsq_levels=(8, 8, 8), latent_channels=3, spatial_compression=16, temporal_compression=8
+    )
+    codes.save_pretrained(tmp_path / "codes")
+    given = (tmp_path / "model.pt", "--config", tmp_path / "config" / "config.json", "--output", tmp_path / "ours")
+    parts = ("--vae", tmp_path / "vae", "--codes", tmp_path / "codes", "--aux_vars", tmp_path / "aux_vars.pt")
+    run("convert_diffusion", *given, *parts)
+    assert "CosmosDiffusionDecoderPipeline, 15 steps" in capsys.readouterr().out
+    pipe = CosmosDiffusionDecoderPipeline.from_pretrained(tmp_path / "ours")
+    assert (pipe.scheduler.config.sigma_min, pipe.scheduler.config.solver) == (0.02, "euler")
+    pipe.check_tokenizer(codes)
+    assert torch.equal(pipe.stored_prompt.embeds[:-1], text[0, :-1]) and pipe.stored_prompt.embeds[-1].abs().max() == 0
+    assert all(torch.equal(value, reference.state_dict()[key]) for key, value in pipe.transformer.state_dict().items())
+    run("convert_diffusion", tmp_path / "ours", "--to", "original", "--output", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(back[key], value) for key, value in state.items() if not key.endswith("pos_embedder.seq"))
+    capsys.readouterr()
+    torch.save([text], tmp_path / "list.pt")
+    for arguments, message in (
+        (("--base", nano_path()), "--base is for world models"),
+        (("--aux_vars", tmp_path / "aux_vars.pt"), "give --vae, its continuous tokenizer, too"),
+        (("--vae", tmp_path / "none"), "no such folder"),
+        (("--vae", tmp_path / "vae"), "are 64000 codes, the transformer knows 512"),  # the published codes
+        ((*parts[:2], "--codes", tmp_path / "vae"), "is a continuous tokenizer"),
+        (
+            (*parts[:4], "--aux_vars", tmp_path / "list.pt"),
+            "must hold the tensors context and context_mask, it holds list",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            run("convert_diffusion", *given, *arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("convert_diffusion", tmp_path / "model.pt", "--preset", "tiny", "--output", tmp_path / "x", *parts)
+    assert "this network takes no codes" in capsys.readouterr().err
 
 
 def test_convert_diffusion_says_what_is_missing(tmp_path, capsys):

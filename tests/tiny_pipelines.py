@@ -6,6 +6,7 @@ from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import PRESETS as TRANSFORMERS
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.pipelines.diffusion_decoder import CosmosDiffusionDecoderPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
 
@@ -29,3 +30,21 @@ def components(preset: str) -> dict:
 SETTINGS = dict(
     height=32, width=48, num_frames=9, fps=5, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=16
 )
+
+
+def diffusion_decoder(**changes) -> CosmosDiffusionDecoderPipeline:
+    """Of codes of 4x16x16 pixels to latents of 4x8x8."""
+    torch.manual_seed(0)
+    transformer = CosmosWorldTransformer3D(**TRANSFORMERS["tiny-diffusion-decoder"])
+    for name, parameter in transformer.named_parameters():
+        torch.nn.init.normal_(parameter, std=1.0 if name == "condition_embed.weight" else 0.1)
+    parts = dict(
+        transformer=transformer.eval(),
+        vae=CosmosVideoTokenizer(**TOKENIZERS["tiny"], latents_mean=[0.1] * 16, latents_std=[0.5] * 16).eval(),
+        scheduler=CosmosEDMScheduler(sigma_min=0.02, solver="euler"),
+    )
+    settings = dict(fsq_levels=(8, 5, 5, 5), code_temporal_compression=4, code_spatial_compression=16)
+    settings |= dict(window_latent_frames=3, num_inference_steps=2, fps=5.0)
+    pipe = CosmosDiffusionDecoderPipeline(**parts | settings | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

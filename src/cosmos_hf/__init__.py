@@ -11,6 +11,7 @@ _HOMES = {
     "CosmosARConfig": "models.ar_cosmos",
     "CosmosARForCausalLM": "models.ar_cosmos",
     "CosmosAutoregressivePipeline": "pipelines.autoregressive",
+    "CosmosDiffusionDecoderPipeline": "pipelines.diffusion_decoder",
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
     "CosmosPromptUpsampler": "pipelines.prompt_upsampler",
     "CosmosImageTokenizer": "models.autoencoder_cosmos_image",

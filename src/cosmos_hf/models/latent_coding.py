@@ -136,7 +136,7 @@ class LatentCodingMixin:
 
     # ---- statistics of the latents ---------------------------------------------------------------------------------
 
-    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _statistics(self, latents: torch.Tensor, prolong: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.config.latents_mean is None:
             return None
         self._check_rank(latents)
@@ -145,6 +145,9 @@ class LatentCodingMixin:
             for values in (self.config.latents_mean, self.config.latents_std)
         )
         frames = latents.shape[2] if len(self.latent_axes) == 3 else 1
+        if prolong and mean.shape[1] > 1:
+            places = torch.arange(frames, device=mean.device).clamp(max=mean.shape[1] - 1)
+            mean, std = mean[:, places], std[:, places]
         if mean.shape[1] > 1 and frames > mean.shape[1]:
             raise ValueError(
                 f"statistics are kept for {mean.shape[1]} latent frames, got {frames}: code in shorter chunks"
@@ -164,9 +167,9 @@ class LatentCodingMixin:
         stats = self._statistics(latents)
         return latents if stats is None else ((latents - stats[0]) / stats[1]).to(latents.dtype)
 
-    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Inverse of `normalize`."""
-        stats = self._statistics(latents)
+    def denormalize(self, latents: torch.Tensor, prolong: bool = False) -> torch.Tensor:
+        """Inverse of `normalize`. `prolong`: latent frames after those that statistics are kept for have the last one's."""
+        stats = self._statistics(latents, prolong)
         return latents if stats is None else (latents * stats[1] + stats[0]).to(latents.dtype)
 
 

@@ -57,6 +57,15 @@ class FiniteScalarQuantizer(nn.Module):
         digits = (indices.long()[..., None] // basis) % levels
         return (digits - half_width) / half_width.float()
 
+    def indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """Inverse of `decode`: codes [..., C] -> indices [...] int64. Raises ValueError for values that are no codes."""
+        levels, half_width, basis = self._constants(codes.device)
+        scaled = codes.float() * half_width
+        digits = scaled.round().nan_to_num(-1e6).long() + half_width
+        if (scaled - scaled.round()).abs().max() > 1e-2 or (digits < 0).any() or (digits >= levels).any():
+            raise ValueError(f"these are no codes of levels {self.levels}: every value must be a level's")
+        return (digits * basis).sum(-1)
+
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod

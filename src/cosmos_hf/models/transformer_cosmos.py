@@ -41,6 +41,13 @@ from .strict_loading import StrictLoadingMixin
 
 _14B = dict(num_layers=36, num_attention_heads=40, rope_scale=(2.0, 2.0, 2.0))
 _MULTIVIEW = dict(num_views=6, view_embed_dim=6, frame_repeat_embed=True, extra_pos_embed_type="sincos")
+_NANO = dict(
+    num_attention_heads=4,
+    attention_head_dim=64,
+    text_embed_dim=128,
+    adaln_lora_dim=32,
+    max_size=(32, 48, 48),
+)
 _TINY = dict(
     num_layers=2,
     num_attention_heads=2,
@@ -49,6 +56,7 @@ _TINY = dict(
     adaln_lora_dim=16,
     max_size=(16, 48, 48),
 )
+_DECODER = dict(in_channels=48, condition_channels=32, rope_scale=(1.0, 1.5, 1.5), extra_pos_embed_type=None)
 
 # Sizes by the name of the published model; `CosmosWorldTransformer3D(**PRESETS["7b-text2world"])`.
 PRESETS = {
@@ -59,24 +67,12 @@ PRESETS = {
     "7b-text2world-multiview": _MULTIVIEW,
     "7b-video2world-multiview": dict(in_channels=17, **_MULTIVIEW),
     "7b-video2world-action": dict(in_channels=17, action_dim=7),
-    "7b-diffusion-decoder": dict(
-        in_channels=48,
-        condition_channels=32,
-        condition_vocab_size=64000,
-        rope_scale=(1.0, 1.5, 1.5),
-        extra_pos_embed_type=None,
-    ),
-    "nano-video2world": dict(
-        in_channels=17,
-        num_layers=6,
-        num_attention_heads=4,
-        attention_head_dim=64,
-        text_embed_dim=128,
-        adaln_lora_dim=32,
-        max_size=(32, 48, 48),
-    ),
+    "7b-diffusion-decoder": dict(condition_vocab_size=64000, **_DECODER),
+    "nano-video2world": dict(in_channels=17, num_layers=6, **_NANO),
+    "nano-diffusion-decoder": dict(num_layers=4, condition_vocab_size=4375, **_NANO, **_DECODER),
     "tiny": _TINY,
     "tiny-video2world": dict(in_channels=17, **_TINY),
+    "tiny-diffusion-decoder": dict(condition_vocab_size=1000, **_TINY, **_DECODER),
 }
 
 

@@ -1,6 +1,7 @@
 """Autoregressive video to world: the future of an image or a video, code by code (arXiv 2501.03575, sections 5.2 and 6.2)."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,11 +15,13 @@ from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.medusa_cosmos import DRAFTS, speculative_generate
 from .adapters import ConditionAdaptersMixin
 from .conditions import action_vectors, check_needed, expand_conditions
-from .encode import check_size, check_text, encode_prompts, read_conditioning, repeat_to_batch
+from .diffusion_decoder import CosmosDiffusionDecoderPipeline
+from .encode import check_size, check_text, count_prompts, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
 
 # The published models were trained with one and with nine frames given, so more than nine are not taken unasked.
 DEFAULT_CONDITIONING_FRAMES = 9
+DECODER_OPTIONS = ("num_inference_steps", "guidance_scale", "overlap_latent_frames", "fps", "sampling")
 
 
 class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
@@ -29,6 +32,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         transformer: the language model over its codes.
         tokenizer, text_encoder: T5, for models with cross-attention; its embeddings are zeroed past the prompt's end and
             attended without a mask.
+        diffusion_decoder: makes the video of the codes in place of the tokenizer, better and slower; a pipeline of its own.
         height, width, num_frames, fps, temperature, top_p: what a call uses unless it says otherwise; what the model was
             trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
@@ -38,7 +42,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["tokenizer", "text_encoder"]
+    _optional_components = ["tokenizer", "text_encoder", "diffusion_decoder"]
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         transformer: CosmosARForCausalLM,
         tokenizer: T5TokenizerFast | PreTrainedTokenizerBase | None = None,
         text_encoder: T5EncoderModel | None = None,
+        diffusion_decoder: CosmosDiffusionDecoderPipeline | None = None,
         height: int = 640,
         width: int = 1024,
         num_frames: int = 33,
@@ -63,7 +68,13 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                 f"the tokenizer has {vae.fsq.codebook_size} codes, the transformer {transformer.config.codebook_size} "
                 f"(codebook_size): they do not belong together"
             )
-        self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder)
+        if diffusion_decoder is not None:
+            diffusion_decoder.check_tokenizer(vae)
+            width_of_text = transformer.config.cross_attention_dim
+            if width_of_text and diffusion_decoder.config.takes_text:
+                _check_text_width(width_of_text, diffusion_decoder.transformer.config.text_embed_dim)
+        parts = dict(tokenizer=tokenizer, text_encoder=text_encoder, diffusion_decoder=diffusion_decoder)
+        self.register_modules(vae=vae, transformer=transformer, **parts)
         self.register_to_config(
             height=height,
             width=width,
@@ -75,6 +86,49 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             action_spec=None if action_spec is None else asdict(ActionSpec.of(action_spec)),
         )
         self.start_adapters()
+
+    # ---- the diffusion decoder is a pipeline: diffusers moves and loads modules, so it is told here -----------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As of every diffusers pipeline; a diffusion decoder gets the same dtype. `diffusion_decoder=None` leaves it out."""
+        place, name = Path(pretrained_model_name_or_path), "diffusion_decoder"
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get(name, dtype.get("default"))
+        index = cls.load_config(place) if place.is_dir() else {}
+        if name not in kwargs and index.get(name, [None])[0] is not None:
+            passed = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
+            kwargs[name] = CosmosDiffusionDecoderPipeline.from_pretrained(place / name, torch_dtype=dtype, **passed)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if pipe.diffusion_decoder is not None and dtype is not None:
+            pipe.diffusion_decoder.to(dtype=dtype)
+        return pipe
+
+    def to(self, *args, **kwargs):
+        if self.diffusion_decoder is not None:
+            self.diffusion_decoder.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, *args, **kwargs):
+        super().enable_model_cpu_offload(*args, **kwargs)
+        if self.diffusion_decoder is not None:
+            self.diffusion_decoder.enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs):
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+        if self.diffusion_decoder is not None:
+            self.diffusion_decoder.enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args, **kwargs):
+        super().enable_group_offload(*args, **kwargs)
+        if self.diffusion_decoder is not None:
+            self.diffusion_decoder.enable_group_offload(*args, **kwargs)
+
+    def set_progress_bar_config(self, **kwargs):
+        super().set_progress_bar_config(**kwargs)
+        if self.diffusion_decoder is not None:
+            self.diffusion_decoder.set_progress_bar_config(**kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -95,6 +149,8 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         prompt_embeds: torch.Tensor | None = None,
         draft: str | None = None,
         actions=None,
+        use_diffusion_decoder: bool | None = None,
+        decoder_options: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> CosmosPipelineOutput | tuple:
@@ -118,13 +174,17 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                 (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
             actions: what leads from frame to frame of the whole result, [num_frames - 1, A] in the units of the `action_spec`,
                 one for all videos or one per video, for a model that takes actions. A window is given its own ones.
-            output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'].
+            use_diffusion_decoder: whether the diffusion decoder makes the video, or the tokenizer; None: if there is one.
+            decoder_options: of the diffusion decoder's call: num_inference_steps, guidance_scale, overlap_latent_frames, fps,
+                sampling.
+            output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'], which nothing decodes.
 
         Raises ValueError for contradictions and sizes that the models cannot represent.
         """
         run = self._resolve(height, width, num_frames, fps, temperature, top_p, output_type)
         check_needed(self, run, actions, None)
         vectors = None if actions is None else action_vectors(self, actions, run["num_frames"], run["fps"])
+        decoder_options = self._decoder_options(use_diffusion_decoder, decoder_options, run, output_type)
         takes_text = self.transformer.config.cross_attention_dim is not None
         check_text(prompt, None, prompt_embeds, None, 0)
         if not takes_text and (prompt is not None or prompt_embeds is not None):
@@ -145,14 +205,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         frames = read_conditioning(
             image, video, num_conditioning_frames, most, factor, run["height"], run["width"], run["fps"]
         )
-        given = (
-            len(prompt_embeds)
-            if prompt_embeds is not None
-            else 1
-            if prompt is None or isinstance(prompt, str)
-            else len(prompt)
-        )
-        items = max(given, len(frames), 1 if vectors is None else len(vectors))
+        items = max(count_prompts(prompt, prompt_embeds), len(frames), 1 if vectors is None else len(vectors))
         frames = repeat_to_batch(frames, items, num_videos_per_prompt)
         device, text = self._execution_device, None
         if vectors is not None:
@@ -165,7 +218,12 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
         total = self.vae.latent_frames(run["num_frames"])
         codes = self._continue(codes, total, overlap, run, generator, text, vectors, draft)
-        frames = decode_indices(self.vae, codes, output_type)
+        if decoder_options is None:
+            frames = decode_indices(self.vae, codes, output_type)
+        else:
+            told = self.diffusion_decoder.config.takes_text and (prompt is not None or prompt_embeds is not None)
+            options = decoder_options | (dict(prompt_embeds=text) if told else {})
+            frames = self.diffusion_decoder(codes, generator=generator, output_type=output_type, **options).frames
         self.maybe_free_model_hooks()
         return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
 
@@ -181,6 +239,30 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                 f"temperature must be >= 0 and top_p in [0, 1], got {run['temperature']} and {run['top_p']}"
             )
         return run
+
+    def _decoder_options(self, use: bool | None, options: dict | None, run: dict, output_type: str) -> dict | None:
+        """Options of the diffusion decoder's call, None where the tokenizer decodes; checked."""
+        decoder = self.diffusion_decoder
+        if use and decoder is None:
+            raise ValueError(
+                "the pipeline has no diffusion_decoder: load it with one, or leave use_diffusion_decoder out"
+            )
+        if use and output_type == "latent":
+            raise ValueError(
+                "output_type='latent' gives the codes, which nothing decodes: leave use_diffusion_decoder out"
+            )
+        used = decoder is not None and use is not False and output_type != "latent"
+        if not used:
+            if options is not None:
+                raise ValueError("decoder_options would be ignored: the diffusion decoder is not used in this call")
+            return None
+        if unknown := sorted((options or {}).keys() - set(DECODER_OPTIONS)):
+            raise ValueError(f"decoder_options has no {', '.join(unknown)}; there is {', '.join(DECODER_OPTIONS)}")
+        factor = self.vae.config.spatial_compression
+        size = run["height"] // factor, run["width"] // factor
+        decoder.resolve(**options or {})
+        decoder.check_grid(self.vae.latent_frames(run["num_frames"]), *size)
+        return dict(options or {})
 
     def _overlap(self, overlap: int | None) -> int:
         window = self.transformer.config.latent_shape[0]
@@ -233,6 +315,14 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                 tokens = tokens[:, prompt.shape[1] :].view(-1, new, height, width)
                 codes = torch.cat([codes, tokens], dim=1)
         return codes
+
+
+def _check_text_width(ours: int, theirs: int):
+    if ours != theirs:
+        raise ValueError(
+            f"the transformer attends to text of width {ours}, the diffusion decoder's to text of width {theirs} "
+            f"(text_embed_dim): they do not belong together"
+        )
 
 
 class _Progress(BaseStreamer):

@@ -87,7 +87,7 @@ def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str
     own_settings: whether the settings are those of this model; a folder published for diffusers has none.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
-    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    encoder, tokenizer = (getattr(pipeline, name, None) for name in ("text_encoder", "tokenizer"))
     if transformer is None:
         problems.append("the pipeline has no transformer")
         return
@@ -104,7 +104,10 @@ def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str
         )
     elif vae is not None:
         misfits = []
-        _check_settings(pipeline, facts, misfits)
+        if "num_frames" in pipeline.config:
+            _check_settings(pipeline, facts, misfits)
+        else:  # a decoder has the size of the codes; its constructor has checked the rest
+            facts.append(f"pipeline: {type(pipeline).__name__}, {pipeline.config.num_inference_steps} steps")
         if own_settings:
             problems.extend(misfits)
         else:

@@ -6,6 +6,7 @@ import torch
 
 from ..conditioning.frames import FrameCondition, condition_mask
 from .sampling import Sampling, guided
+from .windows import Windows
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def denoise_latents(
     sampling: Sampling | dict | None = None,
     padding_mask: torch.Tensor | None = None,
     conditions: dict[str, torch.Tensor] | None = None,
+    windows: Windows | None = None,
 ) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] -> latents of the same shape, float32, sigma_data times normalised.
 
@@ -33,21 +35,21 @@ def denoise_latents(
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
     "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
     `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
+    `windows` cover the clip where it is longer than what the network takes at once.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
-    sampling, conditions = Sampling.of(sampling), dict(conditions or {})
-    if padding_mask is not None:
-        conditions["padding_mask"] = padding_mask
+    sampling = Sampling.of(sampling)
+    conditions = dict(conditions or {}) | ({} if padding_mask is None else {"padding_mask": padding_mask})
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
-    _forget(transformer)
-    texts_of = _Texts(transformer)
+    _start_cache(transformer, windows)
+    evaluate = _Network(transformer, fps, windows)
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
         with _cache_of(transformer, kept):
-            return transformer(hidden_states, c_noise, texts_of(texts), fps=fps, **given).sample.float()
+            return evaluate(hidden_states, c_noise, texts, given)
 
     def network(hidden_states, c_noise):
         if negative_text is None:
@@ -71,10 +73,13 @@ def denoise_latents(
     return _finite(latents)
 
 
-def _forget(transformer):
-    """What a feature cache keeps of a run that was cut short."""
-    if transformer.is_cache_enabled:
-        transformer._reset_stateful_cache()
+def _start_cache(transformer, windows: Windows | None):
+    """Forget what a feature cache keeps of a run that was cut short."""
+    if not transformer.is_cache_enabled:
+        return
+    if windows is not None:
+        raise ValueError("feature caching does not know the windows of a clip apart: call transformer.disable_cache()")
+    transformer._reset_stateful_cache()
 
 
 def _cache_of(transformer, kept: tuple[bool, ...]):
@@ -84,13 +89,26 @@ def _cache_of(transformer, kept: tuple[bool, ...]):
     return transformer.cache_context({(True,): "cond", (False,): "uncond"}.get(kept, "both"))
 
 
-class _Texts:
-    """A batch's texts as the network takes them, with keys and values that are computed once for all steps."""
+class _Network:
+    """The transformer for all steps: texts' keys and values are computed once, and windows cover a clip that is too long."""
 
-    def __init__(self, transformer):
-        self._transformer, self._kept = transformer, []
+    def __init__(self, transformer, fps: float, windows: Windows | None):
+        self._transformer, self._fps, self._windows, self._kept = transformer, fps, windows, []
 
-    def __call__(self, texts: tuple[torch.Tensor, ...]):
+    def __call__(
+        self, hidden_states: torch.Tensor, c_noise: torch.Tensor, texts: tuple[torch.Tensor, ...], given: dict
+    ):
+        """Raw output [B, C, T, H, W] float32."""
+        prepared = self._prepared(texts)
+
+        def evaluate(states, inputs):
+            return self._transformer(states, c_noise, prepared, fps=self._fps, **inputs).sample.float()
+
+        if self._windows is None:
+            return evaluate(hidden_states, given)
+        return self._windows.evaluate(evaluate, hidden_states, given)
+
+    def _prepared(self, texts: tuple[torch.Tensor, ...]):
         for known, prepared in self._kept:
             if len(known) == len(texts) and all(a is b for a, b in zip(known, texts, strict=True)):
                 return prepared

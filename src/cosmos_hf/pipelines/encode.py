@@ -80,6 +80,12 @@ def check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, g
         raise ValueError(f"guidance_scale must be >= 0 (0 switches guidance off), got {guidance_scale}")
 
 
+def count_prompts(prompt, prompt_embeds) -> int:
+    if prompt_embeds is not None:
+        return len(prompt_embeds)
+    return 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+
 def check_size(pipe, height: int, width: int, num_frames: int):
     """Height and width must be multiples of the tokenizer's factor times the patch; frames 1 + k * factor."""
     patch = getattr(pipe.transformer.config, "patch_size", (1, 1, 1))[1]  # an autoregressive model has none

@@ -107,10 +107,12 @@ def _has_settings(folder: Path) -> bool:
 
 
 def _pipeline_class(class_name: str):
+    from .diffusion_decoder import CosmosDiffusionDecoderPipeline
     from .text2world import CosmosText2WorldPipeline
     from .video2world import CosmosVideo2WorldPipeline
 
-    known = {cls.__name__: cls for cls in (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline)}
+    classes = (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline, CosmosDiffusionDecoderPipeline)
+    known = {cls.__name__: cls for cls in classes}
     known |= {
         "CosmosTextToWorldPipeline": CosmosText2WorldPipeline,  # as published for diffusers
         "CosmosVideoToWorldPipeline": CosmosVideo2WorldPipeline,

@@ -1,4 +1,7 @@
-"""The layout that is published for diffusers' Cosmos-1 pipelines: its index names diffusers' classes, ours read the same files."""
+"""The layout that is published for diffusers' Cosmos-1 pipelines: its index names diffusers' classes, ours read the same files.
+
+And what makes a pipeline's folder of a converted network alone.
+"""
 
 import json
 import logging
@@ -11,10 +14,12 @@ from safetensors import safe_open
 
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.diffusers_layout import save_for_diffusers as save_tokenizer
+from ..models.stored_prompt import CosmosStoredPrompt
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.diffusers_settings import DIFFUSERS_CLASS as DIFFUSERS_SCHEDULER
 from ..schedulers.diffusers_settings import to_diffusers_config
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .diffusion_decoder import CosmosDiffusionDecoderPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +114,52 @@ def complete_pipeline(base: str | Path, folder: str | Path):
     index["_class_name"] = "CosmosVideo2WorldPipeline" if masked else "CosmosText2WorldPipeline"
     index.pop("_name_or_path", None)
     _write_json(folder / "model_index.json", index)
+
+
+def complete_decoder(
+    folder: str | Path, vae: str | Path, codes: str | Path | None = None, aux_vars: str | Path | None = None
+):
+    """Make a diffusion decoder's folder of one that has its `transformer` only, which is not read but for its config.
+
+    Args:
+        vae: folder of the continuous tokenizer whose latents it generates.
+        codes: folder of the discrete tokenizer whose codes it decodes, of which only the config is read; None is the published
+            DV8x16x16.
+        aux_vars: the published file with the text that it gets (`context`, `context_mask`); None leaves it without.
+    """
+    folder, vae = Path(folder), Path(vae)
+    if not vae.is_dir():
+        raise ValueError(f"no such folder: {vae}; pipelines/convert_tokenizer.py makes one of a published tokenizer")
+    with torch.device("meta"):
+        transformer = CosmosWorldTransformer3D.from_config(_transformer_config(folder))
+    tokenizer = CosmosVideoTokenizer.from_pretrained(vae, torch_dtype=_stored_dtype(vae))
+    settings = {}
+    if codes is not None:
+        with torch.device("meta"):
+            discrete = CosmosVideoTokenizer.from_config(CosmosVideoTokenizer.load_config(codes))
+        if discrete.fsq is None:
+            raise ValueError(f"{codes} is a continuous tokenizer: the codes of a discrete one are decoded")
+        settings = dict(
+            fsq_levels=discrete.fsq.levels,
+            code_temporal_compression=discrete.config.temporal_compression,
+            code_spatial_compression=discrete.config.spatial_compression,
+        )
+    parts = dict(vae=tokenizer, scheduler=CosmosEDMScheduler(sigma_min=0.02, solver="euler"))
+    if aux_vars is not None:
+        parts["stored_prompt"] = read_prompt(aux_vars)
+    pipeline = CosmosDiffusionDecoderPipeline(transformer=transformer, **parts, **settings)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+
+
+def read_prompt(file: str | Path) -> CosmosStoredPrompt:
+    """The text's embedding in a published `aux_vars.pt`, zero where its mask is."""
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not torch.is_tensor(content.get("context")):
+        there = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{file} must hold the tensors context and context_mask, it holds {there}")
+    return CosmosStoredPrompt.of(content["context"], content.get("context_mask"))
 
 
 def _read_index(folder: Path) -> dict:

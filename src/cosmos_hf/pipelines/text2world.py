@@ -14,7 +14,7 @@ from .adapters import ConditionAdaptersMixin
 from .buckets import bucket_size
 from .conditions import expand_conditions, read_conditions
 from .denoise import denoise_latents
-from .encode import check_size, check_text, draw_noise, encode_prompts
+from .encode import check_size, check_text, count_prompts, draw_noise, encode_prompts
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
 from .presets import PresetsMixin
 from .published_layout import translate_index
@@ -180,12 +180,6 @@ def check_callback(pipe, names):
         raise ValueError(
             f"callbacks can have {', '.join(pipe._callback_tensor_inputs)}, not {', '.join(sorted(unknown))}"
         )
-
-
-def count_prompts(prompt, prompt_embeds) -> int:
-    if prompt_embeds is not None:
-        return len(prompt_embeds)
-    return 1 if prompt is None or isinstance(prompt, str) else len(prompt)
 
 
 def latent_shape(pipe, batch_size: int, run: dict) -> tuple[int, ...]:

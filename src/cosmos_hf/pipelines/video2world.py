@@ -8,10 +8,10 @@ from ..conditioning.frames import FrameCondition, condition_indicator
 from ..data.video import to_float
 from .buckets import bucket_size
 from .conditions import expand_conditions, read_conditions
-from .encode import check_text, content_box, read_conditioning, repeat_to_batch, source_sizes
+from .encode import check_text, content_box, count_prompts, read_conditioning, repeat_to_batch, source_sizes
 from .output import CosmosPipelineOutput
 from .sampling import Sampling
-from .text2world import CosmosText2WorldPipeline, check_callback, count_prompts, generate, resolve
+from .text2world import CosmosText2WorldPipeline, check_callback, generate, resolve
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, to
 # Edges of the noise bands that the loss is logged by, in units of sigma_data: details, shapes, layout, next to nothing left.
 BANDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
 # What the transformer may be given of a batch besides text and frames, by the names of its arguments.
-CONDITIONS = ("actions", "camera")
+CONDITIONS = ("actions", "camera", "condition")
 
 
 @dataclass
@@ -62,10 +62,10 @@ class DiffusionConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.family != "diffusion":
-            raise ValueError(f"family must be diffusion, got {self.family!r}")
-        if self.train_text_encoder == bool(self.text_encoder):
-            raise ValueError("give either train_text_encoder: true or the folder of a frozen text_encoder")
+        expected = type(self).__dataclass_fields__["family"].default
+        if self.family != expected:
+            raise ValueError(f"family must be {expected}, got {self.family!r}")
+        self.check_text()
         if bool(self.height) != bool(self.width):
             raise ValueError("give height and width together")
         if not 0 <= self.text_dropout < 1:
@@ -73,6 +73,10 @@ class DiffusionConfig(RunConfig):
         if not self.window_starts or min(self.window_starts) < 0 or self.max_condition_frames < 0:
             raise ValueError("window_starts must be one or more frames >= 0, max_condition_frames must be >= 0")
         self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
+
+    def check_text(self):
+        if self.train_text_encoder == bool(self.text_encoder):
+            raise ValueError("give either train_text_encoder: true or the folder of a frozen text_encoder")
 
 
 class WorldModel(nn.Module):
@@ -126,13 +130,17 @@ def build_model(config: DiffusionConfig) -> WorldModel:
                 f"the text encoder is {text_encoder.config.d_model} wide, the transformer takes "
                 f"{transformer.config.text_embed_dim} (text_embed_dim): choose another text_preset"
             )
-    uncertainty = None
-    if config.learned_uncertainty:
-        kept = base and (base / "uncertainty").is_dir()
-        uncertainty = UncertaintyHead.from_pretrained(base / "uncertainty") if kept else UncertaintyHead()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return WorldModel(transformer, text_encoder, uncertainty)
+    return WorldModel(transformer, text_encoder, build_uncertainty(config))
+
+
+def build_uncertainty(config: DiffusionConfig) -> UncertaintyHead | None:
+    """That of `init_from` where it has one."""
+    if not config.learned_uncertainty:
+        return None
+    kept = Path(config.init_from) / "uncertainty"
+    return UncertaintyHead.from_pretrained(kept) if config.init_from and kept.is_dir() else UncertaintyHead()
 
 
 def build_scheduler(config: DiffusionConfig) -> CosmosEDMScheduler:
@@ -321,12 +329,16 @@ def check_reload(model: WorldModel, again: WorldModel, text, num_frames: int = 2
 def wave_conditions(
     transformer: CosmosWorldTransformer3D, num_frames: int, side: int, device
 ) -> dict[str, torch.Tensor]:
-    """Some fixed actions and rays for latents [1, C, num_frames, side, side], as far as the transformer takes them."""
+    """Some fixed actions, rays and token ids for latents [1, C, num_frames, side, side], as far as the transformer takes them."""
     config, shapes = transformer.config, {}
     if config.action_dim is not None:
         shapes["actions"] = (1, num_frames if config.action_form == "intended" else 1, config.action_dim)
     if config.camera_channels:
         shapes["camera"] = (1, config.camera_channels, num_frames, side, side)
-    return {
+    conditions = {
         name: torch.arange(math.prod(shape), device=device).float().cos().view(shape) for name, shape in shapes.items()
     }
+    if config.condition_vocab_size is not None:
+        ids = torch.arange(num_frames * side * side, device=device) % config.condition_vocab_size
+        conditions["condition"] = ids.view(1, 1, num_frames, side, side)
+    return conditions

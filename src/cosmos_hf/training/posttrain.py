@@ -21,7 +21,6 @@ from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
-from ..models.uncertainty_cosmos import UncertaintyHead
 from .adaptation import (
     AdapterSettings,
     add_lora,
@@ -33,7 +32,16 @@ from .adaptation import (
     tell_trained,
 )
 from .cache import LatentDataset
-from .diffusion import CONDITIONS, DiffusionConfig, DiffusionLoss, Texts, WorldModel, validate, wave_conditions
+from .diffusion import (
+    CONDITIONS,
+    DiffusionConfig,
+    DiffusionLoss,
+    Texts,
+    WorldModel,
+    build_uncertainty,
+    validate,
+    wave_conditions,
+)
 from .loop import to_device
 
 INPUTS = {"camera": "camera", "action": "actions", "instruction": "text"}  # condition -> what a batch calls it
@@ -135,20 +143,15 @@ def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
 
     Raises TrainingError where it does not compute what the base does, ValueError for LoRA targets that match nothing.
     """
-    base = Path(config.init_from)
-    transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
+    transformer = CosmosWorldTransformer3D.from_pretrained(Path(config.init_from) / "transformer")
     changes = config_changes(config, action_dim)
     if config.lora_rank:
         freeze(transformer, config)
     check_step_zero(transformer, lambda: _prepare(transformer, config, changes))
-    uncertainty = None
-    if config.learned_uncertainty:
-        kept = (base / "uncertainty").is_dir()
-        uncertainty = UncertaintyHead.from_pretrained(base / "uncertainty") if kept else UncertaintyHead()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     tell_trained(transformer)
-    return WorldModel(transformer, None, uncertainty)
+    return WorldModel(transformer, None, build_uncertainty(config))
 
 
 def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
