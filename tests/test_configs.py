@@ -26,7 +26,7 @@ PARAMETERS = {  # millions, of the network that the run trains
     "nano_video2world": 6.9,
     "nano_tokenizer": 3.0,
     "nano_tokenizer_discrete": 3.0,
-    "nano_autoregressive": 8.1,
+    "nano_autoregressive": 5.78,
     "cosmos_4b_autoregressive": 4014,
     "cosmos_7b_diffusion_decoder": 7237,
     "nano_diffusion_decoder": 4.8,

@@ -43,7 +43,6 @@ def denoise_latents(
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
-    _start_cache(transformer, windows)
     evaluate = _Network(transformer, fps, windows)
 
     def branch(hidden_states, c_noise, texts, kept):
@@ -93,6 +92,7 @@ class _Network:
     """The transformer for all steps: texts' keys and values are computed once, and windows cover a clip that is too long."""
 
     def __init__(self, transformer, fps: float, windows: Windows | None):
+        _start_cache(transformer, windows)
         self._transformer, self._fps, self._windows, self._kept = transformer, fps, windows, []
 
     def __call__(
