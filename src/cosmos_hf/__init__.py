@@ -12,6 +12,7 @@ _HOMES = {
     "CosmosARForCausalLM": "models.ar_cosmos",
     "CosmosAutoregressivePipeline": "pipelines.autoregressive",
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
+    "CosmosMultiViewPipeline": "pipelines.multiview",
     "CosmosPromptUpsampler": "pipelines.prompt_upsampler",
     "CosmosImageTokenizer": "models.autoencoder_cosmos_image",
     "CosmosText2WorldPipeline": "pipelines.text2world",

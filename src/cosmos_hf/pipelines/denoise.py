@@ -31,6 +31,7 @@ def denoise_latents(
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
     "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
     `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
+    Of a network of several views, `view_indices` among them says which of them the time axis holds.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
@@ -41,7 +42,7 @@ def denoise_latents(
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
 
-    texts_of = _Texts(transformer)
+    texts_of = _Texts(transformer, len(conditions.get("view_indices", (0,))))
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
@@ -72,8 +73,8 @@ def denoise_latents(
 class _Texts:
     """A batch's texts as the network takes them, with keys and values that are computed once for all steps."""
 
-    def __init__(self, transformer):
-        self._transformer, self._kept = transformer, []
+    def __init__(self, transformer, num_views: int):
+        self._transformer, self._num_views, self._kept = transformer, num_views, []
 
     def __call__(self, texts: tuple[torch.Tensor, ...]):
         for known, prepared in self._kept:
@@ -81,7 +82,7 @@ class _Texts:
                 return prepared
         prepared = torch.cat(texts) if len(texts) > 1 else texts[0]
         if self._transformer.can_prepare_text:
-            prepared = self._transformer.prepare_text(prepared)
+            prepared = self._transformer.prepare_text(prepared, self._num_views)
         self._kept = [
             *self._kept[-1:],
             (texts, prepared),
@@ -98,6 +99,9 @@ def _for_branches(conditions: dict, kept: tuple[bool, ...], batch: int, dropped:
     """The conditions of all branches that are evaluated at once, those in `dropped` zero where a branch does not keep all."""
     given = {}
     for name, value in conditions.items():
+        if not isinstance(value, torch.Tensor):
+            given[name] = value  # of the call, not of a video
+            continue
         value = value.expand(batch, *value.shape[1:]) if len(kept) > 1 else value
         parts = [value if keep or name not in dropped else torch.zeros_like(value) for keep in kept]
         given[name] = torch.cat(parts) if len(parts) > 1 else parts[0]

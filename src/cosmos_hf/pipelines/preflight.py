@@ -107,10 +107,13 @@ def _has_settings(folder: Path) -> bool:
 
 
 def _pipeline_class(class_name: str):
+    from .multiview import CosmosMultiViewPipeline
     from .text2world import CosmosText2WorldPipeline
     from .video2world import CosmosVideo2WorldPipeline
 
-    known = {cls.__name__: cls for cls in (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline)}
+    known = {
+        cls.__name__: cls for cls in (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline, CosmosMultiViewPipeline)
+    }
     known |= {
         "CosmosTextToWorldPipeline": CosmosText2WorldPipeline,  # as published for diffusers
         "CosmosVideoToWorldPipeline": CosmosVideo2WorldPipeline,
