@@ -61,7 +61,7 @@ def test_a_trajectory_is_the_way_of_the_camera():
     world = torch.eye(4, dtype=torch.float64)
     world[:3, 3] = torch.tensor([3.0, -1, 2])
     torch.testing.assert_close(trajectory_points(poses @ world, fps=5), points)  # in the first camera's axes
-    torch.testing.assert_close(trajectory_points(poses, 5, 8, rate=10.0), points[3:32:4])
+    torch.testing.assert_close(trajectory_points(poses, 5, 8, rate=10.0), points[1:16:2])
     with pytest.raises(ValueError, match="the path lasts 3.2 s, 64 points at 10 per second 6.4 s"):
         trajectory_points(poses, 5, 64, rate=10.0)
     with pytest.raises(ValueError, match="of at least 2 frames"):
@@ -77,7 +77,7 @@ def test_a_trajectory_has_its_spec(tmp_path):
     assert ActionSpec.load(tmp_path) == spec
     with pytest.raises(ValueError, match=r"a trajectory is 9 points \[9, 3\], 2.5 per second, got \(8, 3\)"):
         trajectory_vector(spec, points, 9)
-    with pytest.raises(ValueError, match="the action 'forward' goes from"):
+    with pytest.raises(ValueError, match="the action 'right' goes from"):
         trajectory_vector(spec, 10 * points, 8)
     with pytest.raises(ValueError, match="kind must be one of delta, absolute, trajectory"):
         ActionSpec(("x",), ("m",), "here", "relative", 5)

@@ -7,18 +7,25 @@ import pytest
 import torch
 
 from cosmos_hf.conditioning.camera_paths import joystick_path, named_trajectory
-from cosmos_hf.evaluation.multiview import neighbouring_views, score_geometry, score_pictures, summarise_views
+from cosmos_hf.evaluation.geometry import Features, find_features
+from cosmos_hf.evaluation.multiview import (
+    neighbouring_views,
+    score_features,
+    score_geometry,
+    score_pictures,
+    summarise_views,
+)
 from cosmos_hf.evaluation.rig_odometry import recover_rig_path
 from textured_box import K, picture
 
-FRAMES = 5
+FRAMES = 2
 
 
 @cache
 def rig_clip():
     """Three cameras that look to the left, ahead and to the right, turned and moved through the box together."""
-    way = joystick_path(np.tile([0.03, 0.0, 0.12, 2.0, 0, 0], (FRAMES - 1, 1)))
-    turns = [named_trajectory("pan_left", 2, angle=angle)[1] for angle in (28, 0, -28)]
+    way = joystick_path(np.tile([0.06, 0.0, 0.24, 4.0, 0, 0], (FRAMES - 1, 1)))
+    turns = [named_trajectory("pan_left", 2, angle=angle)[1] for angle in (36, 0, -36)]
     poses = []
     for turn, aside in zip(turns, (-0.3, 0.0, 0.3), strict=True):
         moved = turn.clone()
@@ -30,8 +37,13 @@ def rig_clip():
 
 
 @cache
+def features_of_the_truth():
+    return [[find_features(frame) for frame in video] for video in rig_clip()[0]]
+
+
+@cache
 def scores_of_the_truth():
-    return score_geometry(*rig_clip())
+    return score_features(features_of_the_truth(), *rig_clip()[1:], 320)
 
 
 @pytest.fixture
@@ -46,25 +58,27 @@ def test_neighbours_follow_from_the_cameras():
 
 def test_true_pictures_have_small_errors(needs_pycolmap):
     true = scores_of_the_truth()
-    assert true["temporal"]["error"] < 0.5 and true["temporal"]["failed"] == 0 and true["temporal"]["pairs"] == 12
+    assert true["temporal"]["error"] < 0.5 and true["temporal"]["failed"] == 0 and true["temporal"]["pairs"] == 3
     assert true["temporal_known"]["error"] < 1 and true["cross_view"]["error"] < 1.5
-    assert true["cross_view"]["matches"] > 100
+    assert true["cross_view"]["matches"] > 25
     way = true["trajectory"]
-    assert way["following"] < 0.03 * way["length"] and way["rotation"] < 0.3 and way["failed"] == 0
+    assert way["following"] < 0.1 * way["length"] and way["rotation"] < 0.3 and way["failed"] == 0
 
 
 def test_exchanged_views_and_ways_have_large_ones(needs_pycolmap):
-    (videos, intrinsics, poses), true = rig_clip(), scores_of_the_truth()
-    swapped = score_geometry(videos[[1, 0, 2]], intrinsics, poses)
+    (_, intrinsics, poses), true, features = rig_clip(), scores_of_the_truth(), features_of_the_truth()
+    swapped = score_features([features[i] for i in (1, 0, 2)], intrinsics, poses, 320)
     assert swapped["cross_view"]["error"] > 5 * true["cross_view"]["error"]
-    assert swapped["temporal"]["error"] == pytest.approx(true["temporal"]["error"], rel=0.2)  # each is still one world
-    back = score_geometry(videos[:, ::-1], intrinsics, poses)  # another way, by the same rig
-    assert back["trajectory"]["following"] > 10 * true["trajectory"]["following"]
+    assert swapped["temporal"]["error"] == pytest.approx(
+        true["temporal"]["error"], rel=0.01
+    )  # each is still one world
+    back = score_features([view[::-1] for view in features], intrinsics, poses, 320)  # another way, by the same rig
+    assert back["trajectory"]["following"] > 5 * true["trajectory"]["following"]
     assert back["trajectory"]["rotation"] > 5
-    still = score_geometry(np.repeat(videos[:, :1], FRAMES, axis=1), intrinsics, poses)
-    assert still["trajectory"]["rotation"] > 2
-    blank = score_geometry(np.zeros_like(videos), intrinsics, poses)
-    assert blank["cross_view"] == {"error": None, "matches": 0, "pairs": 4} and blank["trajectory"]["failed"] == 4
+    assert back["cross_view"]["error"] < 2 * true["cross_view"]["error"]
+    nothing = Features(np.zeros((0, 2)), np.zeros((0, 128)), 240)
+    blank = score_features([[nothing] * FRAMES] * 3, intrinsics, poses, 320)
+    assert blank["cross_view"] == {"error": None, "matches": 0, "pairs": 2} and blank["trajectory"]["failed"] == 1
 
 
 def test_pictures_are_compared_where_they_were_generated():
@@ -92,7 +106,7 @@ def test_summaries_leave_out_what_a_clip_lacks():
 
 def test_refusals():
     videos, intrinsics, poses = rig_clip()
-    with pytest.raises(ValueError, match="do not fit 3 views of 5 frames"):
-        score_geometry(videos, intrinsics, poses[:, :4])
+    with pytest.raises(ValueError, match="do not fit 3 views of 2 frames"):
+        score_geometry(videos, intrinsics, poses[:, :1])
     with pytest.raises(ValueError, match="needs two or more views"):
-        recover_rig_path([[]], intrinsics[:1], poses[:1])
+        recover_rig_path([[]], intrinsics[:1], poses[:1], 240)

@@ -202,7 +202,7 @@ def test_an_adapter_from_shard_to_pipeline_and_a_trajectory_on_top(base, data, c
         f"--conditions views --views {' '.join(VIEWS)} --views_per_step 2 --lora_rank 4",
     )
     log = [json.loads(line) for line in (tmp_path / "views" / "log.jsonl").read_text().splitlines()]
-    assert "sensitivity_views" in log[-1] and f"val_{data.name}_error_ratio_views" in log[-1]
+    assert "sensitivity_views" in log[0] and f"val_{data.name}_error_ratio_views" in log[-1]
     pipe = CosmosMultiViewPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     plain = CosmosVideo2WorldPipeline.from_pretrained(base)

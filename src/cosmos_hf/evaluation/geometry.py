@@ -147,18 +147,22 @@ def sampson_error(frame_a, frame_b, fundamental=None) -> float:
     scene explains the pair. NaN for fewer than `MIN_MATCHES` matches, of known cameras `MIN_MATCHES_OF_KNOWN`.
     """
     frame_a, frame_b = find_features(frame_a), find_features(frame_b)
-    points_a, points_b = match_frames(frame_a, frame_b)
+    return sampson_error_of_matches(*match_frames(frame_a, frame_b), frame_a.height, fundamental)
+
+
+def sampson_error_of_matches(points_a, points_b, height: int, fundamental=None) -> float:
+    """`sampson_error` of two frames whose matched points [N, 2] are known, of pictures that are `height` high."""
     if len(points_a) < (MIN_MATCHES if fundamental is None else MIN_MATCHES_OF_KNOWN):
         return float("nan")
     if fundamental is None:
         options = load_pycolmap().RANSACOptions()
-        options.max_error, options.random_seed = frame_a.height / CANVAS_HEIGHT * 2, 0
+        options.max_error, options.random_seed = height / CANVAS_HEIGHT * 2, 0
         found = load_pycolmap().estimate_fundamental_matrix(points_a, points_b, options)
         if found is None:
             return float("nan")
         fundamental = found["F"]
     distances = sampson_distances(points_a, points_b, fundamental)
-    return float(distances.median()) * CANVAS_HEIGHT / frame_a.height
+    return float(distances.median()) * CANVAS_HEIGHT / height
 
 
 def temporal_sampson_error(video) -> dict[str, float | int]:
@@ -205,11 +209,12 @@ def match_frames(frame_a, frame_b) -> tuple[np.ndarray, np.ndarray]:
     (points_a, features_a, _), (points_b, features_b, _) = find_features(frame_a), find_features(frame_b)
     if len(points_a) < 2 or len(points_b) < 2:
         return np.zeros((0, 2)), np.zeros((0, 2))
-    likeness = features_a @ features_b.T  # descriptors have unit length
-    distance = np.sqrt(np.maximum(2 - 2 * likeness, 0))
-    order = np.partition(distance, 1, axis=1)
-    forth, back = distance.argmin(1), distance.argmin(0)
-    chosen = np.nonzero((back[forth] == np.arange(len(forth))) & (order[:, 0] < MATCH_RATIO * order[:, 1]))[0]
+    likeness = features_a.astype(np.float32) @ features_b.astype(np.float32).T  # descriptors have unit length
+    forth, back, rows = likeness.argmax(1), likeness.argmax(0), np.arange(len(likeness))
+    nearest = likeness[rows, forth]
+    likeness[rows, forth] = -np.inf
+    first, second = (np.sqrt(np.maximum(2 - 2 * value, 0)) for value in (nearest, likeness.max(1)))
+    chosen = np.nonzero((back[forth] == rows) & (first < MATCH_RATIO * second))[0]
     return points_a[chosen], points_b[forth[chosen]]
 
 

@@ -17,7 +17,7 @@ from .geometry import (
     fundamental_matrix,
     match_frames,
     sampson_distances,
-    temporal_sampson_error,
+    sampson_error_of_matches,
 )
 from .metrics import mean_with_interval, psnr
 from .rig_odometry import STILL, following_errors
@@ -46,15 +46,13 @@ def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[
     return pairs
 
 
-def known_sampson_error(pairs: list[tuple[Features, Features, torch.Tensor]]) -> dict[str, float | int | None]:
-    """Frames of known cameras, as (features, features, F): "error", the median over all matched points of all pairs, and the
-    number of "matches" and of "pairs". Frames that show one world have many matches and a small error."""
-    distances, height = [], None
-    for a, b, fundamental in pairs:
-        height = a.height
-        points = match_frames(a, b)
-        if len(points[0]):
-            distances.append(sampson_distances(*points, fundamental))
+def known_sampson_error(pairs: list[tuple], height: int) -> dict[str, float | int | None]:
+    """Frames of known cameras, as (points [N, 2], matched points [N, 2], F), of pictures `height` high.
+
+    "error", the median over all points of all pairs, and the number of "matches" and of "pairs". Frames that show one world have
+    many matches and a small error.
+    """
+    distances = [sampson_distances(*pair) for pair in pairs if len(pair[0])]
     matches = torch.cat(distances) if distances else torch.zeros(0)
     error = float(matches.median()) * CANVAS_HEIGHT / height if len(matches) else None
     return {"error": error, "matches": len(matches), "pairs": len(pairs)}
@@ -77,30 +75,35 @@ def score_geometry(videos: np.ndarray, intrinsics, extrinsics) -> dict[str, dict
     views, frames, height, width = videos.shape[:4]
     if extrinsics.shape[:2] != (views, frames):
         raise ValueError(f"extrinsics {tuple(extrinsics.shape)} do not fit {views} views of {frames} frames")
-    features = [[find_features(frame) for frame in video] for video in videos]
-    temporal = [temporal_sampson_error(video) for video in features]
-    errors = [part["error"] for part in temporal if np.isfinite(part["error"])]
+    return score_features(
+        [[find_features(frame) for frame in video] for video in videos], intrinsics, extrinsics, width
+    )
+
+
+def score_features(features: list[list[Features]], intrinsics, extrinsics, width: int) -> dict[str, dict]:
+    """`score_geometry` of frames whose features [V][T] are known."""
+    height, views, frames = features[0][0].height, len(features), len(features[0])
+    matches = [[match_frames(view[t], view[t + 1]) for t in range(frames - 1)] for view in features]
+    errors = np.array([sampson_error_of_matches(*pair, height) for view in matches for pair in view])
+    found = errors[np.isfinite(errors)]
     moved, crossed = [], []
     for v in range(views):
         centres = camera_centres(extrinsics[v])
         for t in range(frames - 1):
             if (centres[t + 1] - centres[t]).norm() > STILL:
                 known = fundamental_matrix(intrinsics[v], extrinsics[v, t], intrinsics[v], extrinsics[v, t + 1])
-                moved.append((features[v][t], features[v][t + 1], known))
+                moved.append((*matches[v][t], known))
     for a, b in neighbouring_views(intrinsics, extrinsics[:, 0], height, width):
         known = fundamental_matrix(intrinsics[a], extrinsics[a, 0], intrinsics[b], extrinsics[b, 0])
-        crossed += [(features[a][t], features[b][t], known) for t in range(0, frames, _STEP)]
+        crossed += [(*match_frames(features[a][t], features[b][t]), known) for t in range(0, frames, _STEP)]
+    error = float(np.median(found)) if len(found) else None
     result = {
-        "temporal": {
-            "error": float(np.median(errors)) if errors else None,
-            "pairs": sum(part["pairs"] for part in temporal),
-            "failed": sum(part["failed"] for part in temporal),
-        },
-        "temporal_known": known_sampson_error(moved),
-        "cross_view": known_sampson_error(crossed),
+        "temporal": {"error": error, "pairs": len(errors), "failed": len(errors) - len(found)},
+        "temporal_known": known_sampson_error(moved, height),
+        "cross_view": known_sampson_error(crossed, height),
     }
     if views > 1:
-        result["trajectory"] = following_errors(features, intrinsics, extrinsics)
+        result["trajectory"] = following_errors(matches, intrinsics, extrinsics, height)
     return result
 
 

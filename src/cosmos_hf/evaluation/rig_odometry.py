@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ..conditioning.camera import camera_centres, check_extrinsics, check_intrinsics, relative_extrinsics
-from .geometry import CANVAS_HEIGHT, MIN_MATCHES, Features, load_pycolmap, match_frames, quiet, rotation_angles
+from .geometry import CANVAS_HEIGHT, MIN_MATCHES, load_pycolmap, quiet, rotation_angles
 
 MATCH_ERROR = 4.0  # pixels of the canvas, of inliers
 STILL = 0.02  # metres a step: below, a rig is taken to stand
+_ENOUGH = 300  # matches for the direction of a step
 _ANGLE = 0.01  # radians: an epipolar residual that counts as wrong
 
 
@@ -29,11 +30,14 @@ class RigPath:
     failed: int
 
 
-def recover_rig_path(features: list[list[Features]], intrinsics, extrinsics) -> RigPath:
-    """Follow a rig through its pictures.
+Matches = list[list[tuple[np.ndarray, np.ndarray]]]
+
+
+def recover_rig_path(matches: Matches, intrinsics, extrinsics, height: int) -> RigPath:
+    """Follow a rig through its pictures, which are `height` high.
 
     Args:
-        features: [V][T], of the frames of several views (`geometry.find_features`).
+        matches: [V][T - 1], of each view's frame with its next one ([N, 2] twice; `geometry.match_frames`).
         intrinsics: [V, 3, 3].
         extrinsics: [V, T, 4, 4] of the way that was to be followed: the rig is that of its first frame, and the lengths of the
             steps are its own.
@@ -41,27 +45,27 @@ def recover_rig_path(features: list[list[Features]], intrinsics, extrinsics) -> 
     Raises ValueError for a single view, whose small pictures tell too little (`geometry.recover_poses`).
     """
     poses, matrices = check_extrinsics(extrinsics), check_intrinsics(intrinsics)
-    if len(features) < 2 or len(poses) != len(features):
-        raise ValueError(f"a rig needs two or more views, got features of {len(features)} and poses of {len(poses)}")
+    if len(matches) < 2 or len(poses) != len(matches):
+        raise ValueError(f"a rig needs two or more views, got matches of {len(matches)} and poses of {len(poses)}")
     rig = (poses[:, 0] @ torch.linalg.inv(poses[0, 0])).numpy()  # first view's camera -> each camera
     steps = (poses[0, 1:] @ torch.linalg.inv(poses[0, :-1])).numpy()
     motion, found, failed = np.eye(4), [np.eye(4)], 0
     for t, wanted in enumerate(steps):
         length = float(np.linalg.norm(wanted[:3, 3]))
-        step = _find_step(features, t, matrices.numpy(), rig, length)
+        step = _find_step([view[t] for view in matches], matrices.numpy(), rig, length, height)
         failed += step is None
         motion = motion if step is None else step
         found.append(motion @ found[-1])
     return RigPath(torch.from_numpy(np.stack(found)), failed)
 
 
-def following_errors(features: list[list[Features]], intrinsics, extrinsics) -> dict[str, float]:
-    """How far the way that the pictures show is from the one that was to be followed.
+def following_errors(matches: Matches, intrinsics, extrinsics, height: int) -> dict[str, float]:
+    """How far the way that the pictures show is from the one that was to be followed. Arguments: `recover_rig_path`.
 
     "following": mean distance of the positions in metres (the paper's trajectory following error, there in cm), of the frames
     after the first. "rotation": mean angle in degrees. "length": of the way, metres. "failed": steps that could not be found.
     """
-    path = recover_rig_path(features, intrinsics, extrinsics)
+    path = recover_rig_path(matches, intrinsics, extrinsics, height)
     truth = relative_extrinsics(check_extrinsics(extrinsics)[0])
     ours, theirs = camera_centres(path.extrinsics), camera_centres(truth)
     return {
@@ -72,18 +76,13 @@ def following_errors(features: list[list[Features]], intrinsics, extrinsics) -> 
     }
 
 
-def _find_step(features, t: int, intrinsics: np.ndarray, rig: np.ndarray, length: float) -> np.ndarray | None:
-    """The rig's motion [4, 4] from frame t to the next; None for too few matches."""
-    pycolmap, before, after, views = load_pycolmap(), [], [], []
-    for v, frames in enumerate(features):
-        a, b = match_frames(frames[t], frames[t + 1])
-        before.append(a)
-        after.append(b)
-        views += [v] * len(a)
-    before, after, views = np.concatenate(before), np.concatenate(after), np.array(views, dtype=int)
+def _find_step(matches, intrinsics: np.ndarray, rig: np.ndarray, length: float, height: int) -> np.ndarray | None:
+    """The rig's motion [4, 4] between two frames, from each view's matches; None for too few."""
+    before, after = (np.concatenate([pair[i] for pair in matches]) for i in (0, 1))
+    views = np.repeat(np.arange(len(matches)), [len(pair[0]) for pair in matches])
     if len(views) < MIN_MATCHES:
         return None
-    height = features[0][0].height
+    pycolmap = load_pycolmap()
     options = pycolmap.RANSACOptions()
     options.max_error, options.random_seed = MATCH_ERROR * height / CANVAS_HEIGHT, 0
     cameras = []
@@ -102,7 +101,8 @@ def _find_step(features, t: int, intrinsics: np.ndarray, rig: np.ndarray, length
     step = np.eye(4)
     step[:3, :3] = rotation
     if length > STILL:
-        kept = np.asarray(found["inlier_mask"], dtype=bool)
+        kept = np.nonzero(found["inlier_mask"])[0]
+        kept = kept[:: -(-len(kept) // _ENOUGH)]
         rays = [_rays(points[kept], views[kept], intrinsics, rig) for points in (before, after)]
         centres = -np.einsum("vji,vj->vi", rig[:, :3, :3], rig[:, :3, 3])[views[kept]]
         step[:3, 3] = length * _direction(*rays, centres, rotation, length)

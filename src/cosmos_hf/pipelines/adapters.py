@@ -130,12 +130,13 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     def unload_lora_weights(self):
         """Back to the base: without all adapters, but with those that were fused, which now are the pipeline's own."""
-        spec, views, self._weights = self.action_spec, self.views, {}
+        spec, self._weights = self.action_spec, {}
+        views = [self._adapters[name][0].record.get("views") for name in self._fused]
         self._update_conditions()
         if any(self._adapters[name][1] for name in self._fused):
             self.register_to_config(action_spec=asdict(spec))
-        if self.transformer.config.num_views > 1:
-            self.register_to_config(views=list(views))
+        if named := [names for names in views if names]:
+            self.register_to_config(views=list(named[0]))
         super().unload_lora_weights()
         self._merged_adapters = set()
         self.start_adapters()

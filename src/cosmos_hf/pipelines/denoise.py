@@ -29,9 +29,9 @@ def denoise_latents(
     raw output. The two branches run one after the other, with the memory of one, unless `sampling` says otherwise.
 
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
-    "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
-    `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
-    Of a network of several views, `view_indices` among them says which of them the time axis holds.
+    "denoised", the present estimate. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
+    `conditions` are the network's other inputs by name, [B, ...] (those that `sampling` drops are zero without the prompt), and of
+    a network of several views `view_indices`.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
@@ -41,7 +41,6 @@ def denoise_latents(
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
-
     texts_of = _Texts(transformer, len(conditions.get("view_indices", (0,))))
 
     def branch(hidden_states, c_noise, texts, kept):
