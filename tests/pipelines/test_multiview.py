@@ -16,6 +16,7 @@ from cosmos_hf.models.transformer_cosmos import PRESETS, CosmosWorldTransformer3
 from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
 from cosmos_hf.pipelines.preflight import preflight
 from cosmos_hf.pipelines.published_layout import complete_pipeline
+from cosmos_hf.pipelines.rollout import rollout
 from tiny_pipelines import SETTINGS, components
 
 VIEWS = ("front", "left", "right")
@@ -212,6 +213,16 @@ def test_cameras_and_a_trajectory(video2world):
     ):
         with pytest.raises(ValueError, match=message):
             run(pipe, **given)
+
+
+def test_a_rollout_is_of_one_view_and_of_actions(pipe, video2world, tmp_path):
+    with pytest.raises(ValueError, match="rollout continues one view"):
+        rollout(pipe, tmp_path / "world.mp4", 20, prompt=PROMPT)
+    parts = copy.deepcopy(video2world.components)
+    extend_conditions(parts["transformer"], action_dim=12)
+    single = type(video2world)(**parts, **SETTINGS, action_spec=trajectory_spec(rate=2.5))
+    with pytest.raises(ValueError, match="trajectories are told for one clip"):
+        rollout(single, tmp_path / "world.mp4", 20, prompt=PROMPT, actions=np.zeros((4, 3)))
 
 
 def test_the_published_layout_of_six_views(tmp_path):

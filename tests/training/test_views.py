@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from cosmos_hf.conditioning.camera_paths import joystick_path
+from cosmos_hf.data.clips import open_clips
+from cosmos_hf.data.samples import SampleReader
 from cosmos_hf.data.video import write_video
+from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
@@ -126,10 +129,11 @@ def test_at_one_view_the_start_is_the_base_to_the_bit(make, base):
 
 def test_views_learn_from_one_another_and_the_figures_show_it(make, data):
     """All views show the bar at the height of the clip, which only a view that is given tells."""
-    config = make("views", lora_rank=8, learned_uncertainty=False, whole_views=0.8, val_data=[str(data)])
+    config = make("views", lora_rank=0, learned_uncertainty=False, whole_views=0.9, val_data=[str(data)])
     model, loss_of, dataset, batches, validation = assemble(config)
     batch = batches.collate([dataset[i, 0] for i in range(4)])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    before = loss_of.sensitivity(model, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(60):
         torch.manual_seed(step % 8)
         loss, _ = loss_of(model, batch)
@@ -137,7 +141,8 @@ def test_views_learn_from_one_another_and_the_figures_show_it(make, data):
         loss.backward()
         optimizer.step()
     after = loss_of.sensitivity(model, batch)
-    assert after["sensitivity_views"] > 0.1 and after["error_ratio_views"] > 1.02
+    assert before["sensitivity_views"] < 0.02 and before["error_ratio_views"] == pytest.approx(1, abs=2e-3)
+    assert after["sensitivity_views"] > 0.05 and after["error_ratio_views"] > 1.03
     figures = validate_conditions(model.eval(), loss_of, batches, validation, 4)
     assert {f"{data.name}_denoising_given1", f"{data.name}_error_ratio_views"} <= figures.keys()
 
@@ -231,6 +236,35 @@ def test_an_adapter_from_shard_to_pipeline_and_a_trajectory_on_top(base, data, c
     assert generate(again, image={"left": image}, actions=points)["left"].shape == (1, 16, 3, 4, 6)
     with pytest.raises(ValueError, match="needs actions="):
         generate(again, image={"left": image})
+
+
+def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap", reason="needs the extra cosmos-hf[geometry]")
+    monkeypatch.setattr(geometry, "ENLARGED_HEIGHT", 64)  # the figures are not looked at here
+    export = run_script(
+        base, data, cache, tmp_path, f"--conditions views trajectory --views {' '.join(VIEWS)} --lora_rank 2"
+    )
+    output = tmp_path / "views.json"
+    runpy.run_path(str(SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"))["main"](
+        f"--model {base} --adapter {export} --data {data} --output {output} --num_clips 1 --num_inference_steps 1 "
+        "--compare_base --device cpu".split()
+    )
+    figures = json.loads(output.read_text())[data.name]
+    assert set(figures) == {"truth", "reconstruction", "frames", "view", "base_frames"}
+    assert set(figures["truth"]["geometry"]) == {"temporal", "temporal_known", "cross_view", "trajectory"}
+    assert (
+        figures["view"]["psnr"]["model"]["count"] == 2 and figures["frames"]["psnr"]["copy_first_frame"]["count"] == 3
+    )
+    assert figures["frames"]["geometry"]["trajectory"]["length"]["mean"] == pytest.approx(0.8, rel=0.01)
+    assert (tmp_path / "views" / f"{data.name}.png").exists()
+
+
+def test_arrays_of_other_cameras_are_refused(data):
+    clips = open_clips(data)
+    files = clips.read(clips.keys[0])
+    files["json"] = json.dumps(dict(caption="a robot arm", views=["front"])).encode()
+    with pytest.raises(ValueError, match="arrays are of the views front: no left"):
+        SampleReader(views=("front", "left")).read_arrays(files, "clip", ("camera",))
 
 
 def test_training_in_full_exports_a_pipeline(base, data, cache, tmp_path):
