@@ -28,7 +28,10 @@ _STEP = 4  # frames between those in which views are compared: neighbours in tim
 
 
 def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[tuple[int, int]]:
-    """Pairs of views of a rig, intrinsics [V, 3, 3] and poses [V, 4, 4], that share at least `LEAST_OVERLAP` of the picture."""
+    """Pairs of views of a rig, intrinsics [V, 3, 3] and poses [V, 4, 4], that share at least `LEAST_OVERLAP` of the picture.
+
+    Views of cameras in one place are left out: they have no epipolar geometry.
+    """
     intrinsics, extrinsics = check_intrinsics(intrinsics), check_extrinsics(extrinsics)
     y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, width))
     pixels = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, dtype=torch.float64)])
@@ -38,6 +41,8 @@ def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[
         points = _DISTANCE * torch.linalg.inv(intrinsics[a]) @ pixels
         for b in range(a + 1, len(extrinsics)):
             motion = extrinsics[b] @ torch.linalg.inv(extrinsics[a])
+            if motion[:3, 3].norm() < STILL:
+                continue
             seen = motion[:3, :3] @ points + motion[:3, 3:]
             u, v, depth = intrinsics[b] @ seen
             inside = (depth > 0) & (u >= 0) & (u < width * depth) & (v >= 0) & (v < height * depth)
