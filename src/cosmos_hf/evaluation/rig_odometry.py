@@ -97,7 +97,8 @@ def _find_step(matches, intrinsics: np.ndarray, rig: np.ndarray, length: float, 
         )
     if found is None or found["num_inliers"] < MIN_MATCHES:
         return None
-    rotation = found["rig2_from_rig1"].matrix()[:, :3]
+    pose = found.get("rig2_from_rig1", found.get("pano2_from_pano1"))  # the latter for cameras in one place
+    rotation = pose.matrix()[:, :3]
     step = np.eye(4)
     step[:3, :3] = rotation
     if length > STILL:
