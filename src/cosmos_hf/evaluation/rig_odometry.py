@@ -85,6 +85,7 @@ def _find_step(matches, intrinsics: np.ndarray, rig: np.ndarray, length: float, 
     pycolmap = load_pycolmap()
     options = pycolmap.RANSACOptions()
     options.max_error, options.random_seed = MATCH_ERROR * height / CANVAS_HEIGHT, 0
+    options.min_num_trials, options.max_num_trials = 30, 300  # one takes milliseconds
     cameras = []
     for k in intrinsics:
         size = dict(width=int(2 * k[0, 2]) + 1, height=height)
