@@ -3,8 +3,9 @@
     accelerate launch training/posttrain.py --config training/configs/nano_action.yaml --output_dir runs/action
 
 `family` in the file says of which kind the base is, diffusion or autoregressive, and `conditions` (or `--conditions camera
-action`) what to learn. With `lora_rank` above 0 `<output_dir>/export` is a folder for `pipe.load_lora_weights`; with 0 all
-weights are trained and it is a whole pipeline for `from_pretrained`. `base_precision: nf4` keeps the base in 4 bits (QLoRA).
+action`) what to learn: camera, action, trajectory, instruction, views. With `lora_rank` above 0 `<output_dir>/export` is a folder
+for `pipe.load_lora_weights`; with 0 all weights are trained and it is a whole pipeline for `from_pretrained`. `base_precision: nf4`
+keeps the base in 4 bits (QLoRA).
 """
 
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from cosmos_hf import (
     CosmosAutoregressivePipeline,
+    CosmosMultiViewPipeline,
     CosmosText2WorldPipeline,
     CosmosVideo2WorldPipeline,
     CosmosVideoTokenizer,
@@ -23,17 +25,17 @@ from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training import autoregressive
 from cosmos_hf.training import posttrain_autoregressive as ar
 from cosmos_hf.training.adaptation import comparing, load_trained
+from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.config import family_of, parse
 from cosmos_hf.training.diffusion import Texts, WorldModel, build_datasets, check_reload
 from cosmos_hf.training.loop import fit
 from cosmos_hf.training.posttrain import (
     ConditionBatches,
-    ConditionedLoss,
     PosttrainConfig,
     build_model,
     export_adapter,
     find_action_spec,
-    validate_conditions,
+    trained_on,
 )
 
 
@@ -46,8 +48,9 @@ def main(argv=None):
 def posttrain_diffusion(argv):
     config = parse(PosttrainConfig, argv)
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
-    data, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
-    texts = Texts(config, data.captions, [caption for dataset in validation.values() for caption in dataset.captions])
+    need_caption = "instruction" in config.conditions
+    data, validation = build_datasets(config, vae, need_caption, config.arrays, config.cameras)
+    texts = Texts(config, data.texts, [text for dataset in validation.values() for text in dataset.texts])
     batches = ConditionBatches(config, texts, vae, find_action_spec(config, data))
     model = build_model(config, batches.action_dim)
     scheduler = CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler")
@@ -68,13 +71,16 @@ def export(model: WorldModel, folder: Path, config: PosttrainConfig, batches: Co
     """Save the adapter or the pipeline, load it again and compare one forward pass."""
     takes_frames = model.transformer.takes_condition_mask
     pipeline_class = CosmosVideo2WorldPipeline if takes_frames else CosmosText2WorldPipeline
+    if config.views:
+        pipeline_class = CosmosMultiViewPipeline
     if config.lora_rank:
-        export_adapter(model, folder, config, batches)
+        export_adapter(model, folder, config, batches, sample)
         again = load_trained(pipeline_class, folder, config)
     else:
         pipe = pipeline_class.from_pretrained(config.init_from, transformer=model.transformer)
         spec = batches.spec and asdict(batches.spec)
-        pipe.register_to_config(num_frames=config.num_frames, fps=sample["fps"], action_spec=spec)
+        settings = trained_on(config, batches, sample) | dict(views=config.views or None)
+        pipe.register_to_config(action_spec=spec, **settings)
         pipe.save_pretrained(folder)
         if model.uncertainty is not None:
             model.uncertainty.save_pretrained(folder / "uncertainty")

@@ -13,6 +13,7 @@ _HOMES = {
     "CosmosAutoregressivePipeline": "pipelines.autoregressive",
     "CosmosDiffusionDecoderPipeline": "pipelines.diffusion_decoder",
     "CosmosEDMScheduler": "schedulers.scheduling_edm_cosmos",
+    "CosmosMultiViewPipeline": "pipelines.multiview",
     "CosmosPromptUpsampler": "pipelines.prompt_upsampler",
     "CosmosImageTokenizer": "models.autoencoder_cosmos_image",
     "CosmosText2WorldPipeline": "pipelines.text2world",

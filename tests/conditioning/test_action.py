@@ -31,7 +31,7 @@ def test_loading_is_strict(tmp_path):
     for change, message in (
         ({"colour": "red"}, r"unknown fields \['colour'\]"),
         ({"names": ["steer"]}, "units has 2 entries for 1 numbers"),
-        ({"kind": "sideways"}, "kind must be 'delta' or 'absolute'"),
+        ({"kind": "sideways"}, "kind must be one of delta, absolute, trajectory"),
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):

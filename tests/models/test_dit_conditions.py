@@ -113,6 +113,9 @@ def test_a_needed_condition_is_missed_and_a_strange_one_refused(model, name):
         (dict(condition=torch.zeros(2, 1, 4, 2, 3)), "must be integer token ids, got torch.float32"),
         (dict(frame_repeat=torch.zeros(2, 3)), r"frame_repeat must be \[2 or 1, 2\]"),
         (dict(num_views=3), "num_views must be between 1 and 2"),
+        (dict(view_indices=(0, 0)), r"view_indices must be different views of 0..1"),
+        (dict(view_indices=(2,)), r"view_indices must be different views of 0..1"),
+        (dict(view_indices=(1,), num_views=1), "in place of num_views; got .* num_views=1"),
         (dict(encoder_hidden_states=torch.zeros(2, 5, 32)), "5 positions, which is no multiple of the 2 views"),
         (dict(timestep=torch.zeros(2, 3)), r"or \[2, 4\] .one per latent frame"),
     ],
@@ -158,6 +161,15 @@ def test_one_view_is_the_model_without_views():
     model = add_conditions(base, num_views=2, view_embed_dim=3)
     torch.nn.init.normal_(model.view_embed.views.weight)
     assert torch.equal(run(model, plain_inputs(), num_views=1), run(base, plain_inputs()))
+
+
+def test_a_call_may_hold_any_of_the_views(model):
+    given = all_inputs()
+    assert torch.equal(run(model, given, view_indices=(0, 1)), run(model, given))
+    assert (run(model, given, view_indices=(1, 0)) - run(model, given)).abs().max() > 1e-3
+    first = {name: given[name] for name in given if name != "frame_repeat"}
+    one, other = (run(model, first, view_indices=(view,)) for view in (0, 1))
+    assert torch.equal(one, run(model, first, num_views=1)) and (one - other).abs().max() > 1e-3
 
 
 def test_a_view_reads_its_own_text_only():

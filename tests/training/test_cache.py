@@ -82,7 +82,7 @@ def test_two_processes_share_the_work(clips, tokenizer, tmp_path):
     assert len(times(tmp_path)) == 6
     other = cached(clips, tokenizer, tmp_path, rank=1, world_size=2)
     assert len(times(tmp_path)) == 12
-    assert all(path.exists() for windows in other.windows for path in windows)
+    assert all(path.exists() for windows in other.windows for (path,) in windows)
 
 
 def test_windows_that_do_not_fit(clips, tokenizer, tmp_path):

@@ -22,17 +22,16 @@ from cosmos_hf.models.condition_adapters import GrownLinear
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, fit
 from cosmos_hf.training.posttrain import (
     ConditionBatches,
-    ConditionedLoss,
     PosttrainConfig,
     build_model,
     check_step_zero,
     export_adapter,
     find_action_spec,
-    validate_conditions,
 )
 from tiny_pipelines import SETTINGS, components
 
@@ -261,7 +260,7 @@ def test_dropped_conditions_are_not_seen(make):
     ("conditions", "more", "message"),
     [
         (("action",), dict(init_from=""), "post-training starts from a pipeline"),
-        (("views",), {}, "conditions must be one or several of camera, action, instruction"),
+        (("depth",), {}, "conditions must be one or several of camera, action, trajectory, instruction, views"),
         ((), {}, "conditions must be one or several of"),
         (("camera",), dict(p_mean=1.0), "p_mean cannot be set in post-training: the base's are kept"),
         (("camera",), dict(lora_rank=-1), "lora_rank must be >= 0"),

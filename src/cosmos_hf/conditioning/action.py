@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 FILE_NAME = "action_spec.json"
+KINDS = ("delta", "absolute", "trajectory")
 NORMALISATIONS = ("none", "standard", "range", "quantile")
 RANGE_MARGIN = 0.5  # of the range that was seen: actions further out are refused
 _LEAST_SPREAD = 1e-6  # of a number that varies; a smaller one is left unscaled
@@ -36,8 +37,9 @@ class ActionSpec:
     Attributes:
         names, units: of each number.
         frame: that motions are told in, such as "end effector", "robot base", "joints", "vehicle".
-        kind: "delta" (relative to the frame before) or "absolute" (a target), of all numbers but the gripper.
-        rate: actions per second, which is the frame rate of the clips.
+        kind: "delta" (relative to the frame before) or "absolute" (a target), of all numbers but the gripper; or
+            "trajectory", points of the way that lies ahead, one list of them for a whole clip (`conditioning.trajectory`).
+        rate: actions per second, which is the frame rate of the clips; of a trajectory points per second.
         embodiment: the robot or vehicle.
         gripper: None where there is none.
         normalisation: how `offset` and `scale` came about, one of `NORMALISATIONS`.
@@ -65,8 +67,8 @@ class ActionSpec:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.names or len(set(self.names)) != len(self.names):
             raise ValueError(f"an action needs names, each once, got {list(self.names)}")
-        if self.kind not in ("delta", "absolute"):
-            raise ValueError(f"kind must be 'delta' or 'absolute', got {self.kind!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {self.normalisation!r}")
         if not self.rate > 0:
@@ -100,7 +102,7 @@ class ActionSpec:
             )
         if not torch.isfinite(actions).all():
             raise ValueError("actions hold NaN or infinity")
-        if fps is not None and abs(fps - self.rate) > 0.01 * self.rate:
+        if fps is not None and self.kind != "trajectory" and abs(fps - self.rate) > 0.01 * self.rate:
             raise ValueError(
                 f"actions are given at {fps:g} per second, the model was trained at {self.rate:g}: resample the clip, or "
                 "sum up or split its actions"

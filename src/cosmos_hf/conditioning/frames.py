@@ -13,9 +13,16 @@ def condition_indicator(
 ) -> torch.Tensor:
     """1 on the first frames: [1, 1, T, 1, 1] for a count, [B, 1, T, 1, 1] for counts [B]; counts are latent frames.
 
-    Raises ValueError for a count outside 0..latent_frames.
+    With counts [B, V] the T frames are those of V views, one view after the other, each with its own count.
+    Raises ValueError for a count outside 0..latent_frames, of a view's frames where there are several.
     """
-    counts = torch.as_tensor(num_condition_frames, device=device).reshape(-1, 1)
+    counts = torch.as_tensor(num_condition_frames, device=device)
+    if counts.ndim == 2:
+        batch, views = counts.shape
+        if latent_frames % views:
+            raise ValueError(f"the {latent_frames} latent frames must be a multiple of the {views} views")
+        return condition_indicator(latent_frames // views, counts.flatten()).reshape(batch, 1, latent_frames, 1, 1)
+    counts = counts.reshape(-1, 1)
     if counts.min() < 0 or counts.max() > latent_frames:
         raise ValueError(
             f"num_condition_frames must be between 0 and the clip's {latent_frames} latent frames, "

@@ -154,6 +154,11 @@ class SampleReader:
             raise ValueError(f"no caption: {key}.txt, or 'caption' in {key}.json, is missing or empty")
         return caption, record
 
+    def view_captions(self, caption: str, record: dict) -> list[str]:
+        """Of the views that are read together, from what `text` gave; the clip's caption for those without their own."""
+        texts = record.get("view_captions") or {}
+        return [texts.get(view, caption) for view in self.views]
+
     def video(self, files: dict[str, bytes | Path]) -> bytes | Path:
         """The one among a sample's files that is its video, or the first of several views."""
         return next(iter(self.videos(files).values()))
@@ -196,8 +201,7 @@ class SampleReader:
         sample = {"video": video, "fps": float(clip.fps), "caption": caption, "key": key, "record": record}
         sample["start"] = start
         if several:
-            texts = record.get("view_captions") or {}
-            sample |= {"views": list(clips), "view_captions": [texts.get(view, caption) for view in clips]}
+            sample |= {"views": list(clips), "view_captions": self.view_captions(caption, record)}
         sample |= self._arrays(files, record, length, own)
         window_arrays(sample, slice(start, start + clip.frames.shape[1]))
         stored = tuple(clip.source["source_size"])
@@ -224,7 +228,12 @@ class SampleReader:
         names = record.get("views")
         if self.views is None or not names:
             return None
-        return names.index(self.views) if isinstance(self.views, str) else [names.index(view) for view in self.views]
+        wanted = (self.views,) if isinstance(self.views, str) else self.views
+        if missing := [view for view in wanted if view not in names]:
+            raise ValueError(
+                f"its record says that the arrays are of the views {', '.join(names)}: no {', '.join(missing)}"
+            )
+        return names.index(self.views) if isinstance(self.views, str) else [names.index(view) for view in wanted]
 
     def _resize_geometry(self, sample: dict, height: int, width: int):
         """Camera, masks and depth follow what `fit_image` did to frames of height x width."""

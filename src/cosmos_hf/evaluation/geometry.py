@@ -13,6 +13,7 @@ import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,23 +141,28 @@ def sampson_distances(points_a, points_b, fundamental) -> torch.Tensor:
 
 
 def sampson_error(frame_a, frame_b, fundamental=None) -> float:
-    """Median Sampson distance of what two frames, uint8 [H, W, 3], show in common, in pixels of the canvas.
+    """Median Sampson distance of what two frames, uint8 [H, W, 3] or their `Features`, show in common, in pixels of the canvas.
 
     `fundamental`: of the known cameras; None estimates it from the matches (LO-RANSAC), which measures whether *some* rigid
     scene explains the pair. NaN for fewer than `MIN_MATCHES` matches, of known cameras `MIN_MATCHES_OF_KNOWN`.
     """
-    points_a, points_b = match_frames(frame_a, frame_b)
+    frame_a, frame_b = find_features(frame_a), find_features(frame_b)
+    return sampson_error_of_matches(*match_frames(frame_a, frame_b), frame_a.height, fundamental)
+
+
+def sampson_error_of_matches(points_a, points_b, height: int, fundamental=None) -> float:
+    """`sampson_error` of two frames whose matched points [N, 2] are known, of pictures that are `height` high."""
     if len(points_a) < (MIN_MATCHES if fundamental is None else MIN_MATCHES_OF_KNOWN):
         return float("nan")
     if fundamental is None:
-        options = _pycolmap().RANSACOptions()
-        options.max_error, options.random_seed = frame_a.shape[0] / CANVAS_HEIGHT * 2, 0
-        found = _pycolmap().estimate_fundamental_matrix(points_a, points_b, options)
+        options = load_pycolmap().RANSACOptions()
+        options.max_error, options.random_seed = height / CANVAS_HEIGHT * 2, 0
+        found = load_pycolmap().estimate_fundamental_matrix(points_a, points_b, options)
         if found is None:
             return float("nan")
         fundamental = found["F"]
     distances = sampson_distances(points_a, points_b, fundamental)
-    return float(distances.median()) * CANVAS_HEIGHT / frame_a.shape[0]
+    return float(distances.median()) * CANVAS_HEIGHT / height
 
 
 def temporal_sampson_error(video) -> dict[str, float | int]:
@@ -185,16 +191,30 @@ def _over_pairs(frames: list[tuple]) -> dict[str, float | int]:
 # ---- points and poses from pictures --------------------------------------------------------------------------------
 
 
+class Features(NamedTuple):
+    """Of a frame: key points [N, 2] in pixels from the edge, unit descriptors [N, 128], and its height."""
+
+    points: np.ndarray
+    descriptors: np.ndarray
+    height: int
+
+
+def find_features(frame) -> Features:
+    """SIFT features of a frame, uint8 [H, W, 3]; features, which several comparisons can share, as they are."""
+    return frame if isinstance(frame, Features) else Features(*_sift(frame), len(frame))
+
+
 def match_frames(frame_a, frame_b) -> tuple[np.ndarray, np.ndarray]:
-    """Matched points [N, 2] of two frames, uint8 [H, W, 3]: SIFT, mutually nearest, by a clear distance."""
-    (points_a, features_a), (points_b, features_b) = _sift(frame_a), _sift(frame_b)
+    """Matched points [N, 2] of two frames, uint8 [H, W, 3] or their `Features`: mutually nearest, by a clear distance."""
+    (points_a, features_a, _), (points_b, features_b, _) = find_features(frame_a), find_features(frame_b)
     if len(points_a) < 2 or len(points_b) < 2:
         return np.zeros((0, 2)), np.zeros((0, 2))
-    likeness = features_a @ features_b.T  # descriptors have unit length
-    distance = np.sqrt(np.maximum(2 - 2 * likeness, 0))
-    order = np.partition(distance, 1, axis=1)
-    forth, back = distance.argmin(1), distance.argmin(0)
-    chosen = np.nonzero((back[forth] == np.arange(len(forth))) & (order[:, 0] < MATCH_RATIO * order[:, 1]))[0]
+    likeness = features_a.astype(np.float32) @ features_b.astype(np.float32).T  # descriptors have unit length
+    forth, back, rows = likeness.argmax(1), likeness.argmax(0), np.arange(len(likeness))
+    nearest = likeness[rows, forth]
+    likeness[rows, forth] = -np.inf
+    first, second = (np.sqrt(np.maximum(2 - 2 * value, 0)) for value in (nearest, likeness.max(1)))
+    chosen = np.nonzero((back[forth] == rows) & (first < MATCH_RATIO * second))[0]
     return points_a[chosen], points_b[forth[chosen]]
 
 
@@ -212,7 +232,7 @@ def recover_poses(video, intrinsics, min_share: float = 1.0) -> RecoveredPath | 
     None where fewer than `min_share` of the frames could be placed in one model, which counts as failed
     (`summarise_poses`).
     """
-    pycolmap = _pycolmap()
+    pycolmap = load_pycolmap()
     matrix = check_intrinsics(intrinsics)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -224,7 +244,7 @@ def recover_poses(video, intrinsics, min_share: float = 1.0) -> RecoveredPath | 
         reading.camera_model = "PINHOLE"
         numbers = factor * torch.stack([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]])
         reading.camera_params = ",".join(str(value) for value in numbers.tolist())
-        with _quiet(pycolmap):
+        with quiet(pycolmap):
             models = _reconstruct(pycolmap, root, reading)
     if not models:
         return None
@@ -252,7 +272,7 @@ def _reconstruct(pycolmap, root: Path, reading) -> dict:
 
 
 @contextlib.contextmanager
-def _quiet(pycolmap):
+def quiet(pycolmap):
     """Without what pycolmap tells of every step."""
     previous, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, 3
     try:
@@ -270,17 +290,17 @@ def _enlarged(frame) -> tuple[Image.Image, int]:
 
 def _sift(frame) -> tuple[np.ndarray, np.ndarray]:
     """Key points [N, 2] in pixels from the edge, and unit descriptors [N, 128]."""
-    pycolmap = _pycolmap()
+    pycolmap = load_pycolmap()
     picture, factor = _enlarged(frame)
     grey = np.ascontiguousarray(picture.convert("L"), dtype=np.uint8)
-    with _quiet(pycolmap):
+    with quiet(pycolmap):
         points, features = pycolmap.Sift(device=pycolmap.Device.cpu).extract(grey)
     features = np.asarray(features, dtype=np.float64)
     features = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9)
     return np.asarray(points, dtype=np.float64)[:, :2] / factor, features
 
 
-def _pycolmap():
+def load_pycolmap():
     try:
         import pycolmap
     except ImportError as error:

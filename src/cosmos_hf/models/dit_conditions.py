@@ -28,12 +28,12 @@ class ViewEmbedding(nn.Module):
         self.views = nn.Embedding(num_views, channels)
         self.frame_repeat = nn.Linear(1, channels) if frame_repeat else None
 
-    def forward(self, num_views: int, frame_repeat: torch.Tensor | None) -> torch.Tensor:
-        """The first `num_views` views, [1, V, C]; with `frame_repeat` [B, V] it is [B, V, C]."""
-        vectors = self.views.weight[None, :num_views]
+    def forward(self, views: tuple[int, ...], frame_repeat: torch.Tensor | None) -> torch.Tensor:
+        """These views, [1, V, C]; with `frame_repeat` [B, V] it is [B, V, C]."""
+        vectors = self.views.weight[None, list(views)]
         if self.frame_repeat is not None:
             if frame_repeat is None:
-                frame_repeat = vectors.new_zeros(1, num_views)
+                frame_repeat = vectors.new_zeros(1, len(views))
             vectors = vectors + self.frame_repeat(frame_repeat.to(vectors)[..., None])
         return vectors
 
@@ -97,7 +97,14 @@ def check_condition_config(config):
 
 
 def with_condition_channels(
-    model, latents: torch.Tensor, num_views: int, condition_mask, camera, condition, padding_mask, frame_repeat
+    model,
+    latents: torch.Tensor,
+    views: tuple[int, ...],
+    condition_mask,
+    camera,
+    condition,
+    padding_mask,
+    frame_repeat,
 ) -> torch.Tensor:
     """Latents with the channels of the model's conditions behind them, in the order of the parameters.
 
@@ -125,10 +132,10 @@ def with_condition_channels(
         raise ValueError("this model takes no padding_mask: concat_padding_mask is off in its config")
     if frame_repeat is not None:
         wanted("frame_repeat", frame_repeat, config.frame_repeat_embed, "")
-        check_shape("frame_repeat", frame_repeat, (batches, (num_views,)))
+        check_shape("frame_repeat", frame_repeat, (batches, (len(views),)))
     if model.view_embed is not None:
-        vectors = model.view_embed(num_views, frame_repeat).to(latents)  # [1 or B, V, C]
-        vectors = vectors.repeat_interleave(frames // num_views, dim=1).transpose(1, 2)  # [1 or B, C, T]
+        vectors = model.view_embed(views, frame_repeat).to(latents)  # [1 or B, V, C]
+        vectors = vectors.repeat_interleave(frames // len(views), dim=1).transpose(1, 2)  # [1 or B, C, T]
         channels.append(vectors[..., None, None].expand(-1, -1, -1, height, width))
     if len(channels) == 1:
         return latents

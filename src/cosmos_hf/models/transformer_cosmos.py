@@ -237,6 +237,7 @@ class CosmosWorldTransformer3D(
         condition: torch.Tensor | None = None,
         frame_repeat: torch.Tensor | None = None,
         num_views: int | None = None,
+        view_indices: tuple[int, ...] | None = None,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -256,6 +257,7 @@ class CosmosWorldTransformer3D(
             condition: [B or 1, condition_channels, T, H, W], or token ids [B or 1, 1, T, H', W'], resized to H and W.
             frame_repeat: [B or 1, V], a tenth of how often each view's frame repeats; None is zeros.
             num_views: views in this call, the config's first ones; None is all of them.
+            view_indices: which of the config's views this call holds, in the order of the time axis, in place of `num_views`.
             attention_mask: [B or 1, V * M], nonzero where text may be attended; None, as in the published models, is everywhere.
             return_dict: False returns a tuple.
 
@@ -266,7 +268,7 @@ class CosmosWorldTransformer3D(
             ValueError: inputs of a wrong shape, latents larger than `max_size` or no multiple of `patch_size`, a condition
                 that the model cannot use or lacks, different fps within a batch.
         """
-        views = self._check_views(num_views)
+        views = self._check_views(num_views, view_indices)
         batch, _, *size = self._check_latents(hidden_states, views)
         texts = self._texts_of_blocks(encoder_hidden_states, batch, views)  # [B * V, M, ...] for each block
         mask = self._text_mask(attention_mask, texts[0], batch)
@@ -278,7 +280,14 @@ class CosmosWorldTransformer3D(
 
         # 1. Conditions that are channels of the input
         x = with_condition_channels(
-            self, hidden_states.to(dtype), views, condition_mask, camera, condition, padding_mask, frame_repeat
+            self,
+            hidden_states.to(dtype),
+            tuple(range(views)) if view_indices is None else tuple(view_indices),
+            condition_mask,
+            camera,
+            condition,
+            padding_mask,
+            frame_repeat,
         )  # [B, C + conditions, T, H, W]
         x = self.patch_embed(x).flatten(1, 2)  # [B, L, D]
 
@@ -346,7 +355,15 @@ class CosmosWorldTransformer3D(
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _check_views(self, num_views: int | None) -> int:
+    def _check_views(self, num_views: int | None, indices: tuple[int, ...] | None = None) -> int:
+        if indices is not None:
+            known = set(range(self.config.num_views))
+            if num_views is not None or not indices or len(set(indices)) < len(indices) or not set(indices) <= known:
+                raise ValueError(
+                    f"view_indices must be different views of 0..{self.config.num_views - 1} (num_views in the config), in "
+                    f"place of num_views; got view_indices={tuple(indices)}, num_views={num_views}"
+                )
+            return len(indices)
         if num_views is None:
             return self.config.num_views
         if not 1 <= num_views <= self.config.num_views:

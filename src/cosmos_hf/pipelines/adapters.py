@@ -14,6 +14,7 @@ from diffusers.utils import get_adapter_name
 from torch import nn
 
 from ..conditioning.action import FILE_NAME, ActionSpec
+from ..conditioning.views import PUBLISHED_VIEWS, check_view_names
 from ..models.condition_adapters import COMPANIONS, RECORD, WEIGHTS, ConditionAdapter, has_condition
 
 FILES = (LORA_WEIGHT_NAME_SAFE, RECORD, WEIGHTS, FILE_NAME)
@@ -25,6 +26,8 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     `start_adapters` belongs into the constructor.
     """
+
+    takes_views = False  # whether a call is of several views
 
     def start_adapters(self):
         self._adapters: dict[str, tuple[ConditionAdapter, ActionSpec | None]] = {}  # those with conditions, by name
@@ -38,6 +41,20 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         """What actions mean to the model: of the adapter that brought them, else the pipeline's own."""
         specs = [self._adapters[name][1] for name in self._present if self._adapters[name][1] is not None]
         return specs[0] if specs else ActionSpec.of(self.config.action_spec)
+
+    @property
+    def views(self) -> tuple[str, ...] | None:
+        """Names of the model's views: of the adapter that brought them, else the pipeline's own; None for a model of one view."""
+        count = self.transformer.config.num_views
+        told = [self._adapters[name][0].record.get("views") for name in self._present]
+        names = next((names for names in told if names), None) or self.config.views
+        if count == 1:
+            return None
+        if names is None and count == len(PUBLISHED_VIEWS):
+            names = PUBLISHED_VIEWS
+        if names is None:
+            raise ValueError(f"nobody has named this model's {count} views: make the pipeline with views=[...]")
+        return check_view_names(names, count)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """Load an adapter and make it active beside those that are: a folder that `training/posttrain.py` wrote, such a
@@ -119,9 +136,12 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
     def unload_lora_weights(self):
         """Back to the base: without all adapters, but with those that were fused, which now are the pipeline's own."""
         spec, self._weights = self.action_spec, {}
+        views = [self._adapters[name][0].record.get("views") for name in self._fused]
         self._update_conditions()
         if any(self._adapters[name][1] for name in self._fused):
             self.register_to_config(action_spec=asdict(spec))
+        if named := [names for names in views if names]:
+            self.register_to_config(views=list(named[0]))
         super().unload_lora_weights()
         self._merged_adapters = set()
         self.start_adapters()

@@ -10,6 +10,7 @@ import torch
 
 from ..conditioning.action import ActionSpec, group_actions
 from ..conditioning.camera import CameraPath, plucker_rays
+from ..conditioning.trajectory import trajectory_vector
 
 _HOW = {
     "actions": "the actions that lead from frame to frame",
@@ -33,6 +34,11 @@ def read_conditions(pipe, run: dict, actions, camera) -> dict[str, torch.Tensor]
 
 def check_needed(pipe, run: dict, actions, camera):
     """ValueError for a condition that the model of the pipeline cannot use, or that it lacks."""
+    if pipe.transformer.config.num_views > 1 and not pipe.takes_views:
+        raise ValueError(
+            f"this pipeline's model has {pipe.transformer.config.num_views} views: call it through CosmosMultiViewPipeline, which "
+            "also generates single ones (views=)"
+        )
     needed = pipe.transformer.conditions
     for name, given in (("actions", actions), ("camera", camera)):
         if given is not None and name not in needed:
@@ -56,10 +62,15 @@ def spec_of(pipe) -> ActionSpec:
 
 
 def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
-    """[T - 1, A], [B, T - 1, A] or a list of [T - 1, A], in the units of the `ActionSpec` -> [B, T' or 1, action_dim]."""
+    """[T - 1, A], [B, T - 1, A] or a list of [T - 1, A], in the units of the `ActionSpec` -> [B, T' or 1, action_dim].
+
+    Of a trajectory it is the points, [N, 3] or such per video, that lead to [B, 1, action_dim].
+    """
     spec, config = spec_of(pipe), pipe.transformer.config
     if isinstance(actions, (list, tuple)) and np.ndim(actions[0]) == 2:
         actions = np.stack([np.asarray(item, dtype=np.float32) for item in actions])
+    if spec.kind == "trajectory":
+        return _trajectories(spec, actions, config.action_dim // spec.width, (num_frames - 1) / fps)
     actions = spec.normalise(
         np.asarray(actions, dtype=np.float32) if not torch.is_tensor(actions) else actions.cpu(), fps
     )
@@ -77,6 +88,16 @@ def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
         )
     # An autoregressive transformer has one form.
     return vectors[:, 1:2] if getattr(config, "action_form", None) == "as_written" else vectors
+
+
+def _trajectories(spec: ActionSpec, points, num_points: int, duration: float) -> torch.Tensor:
+    if duration > num_points / spec.rate * 1.01:
+        raise ValueError(
+            f"the video lasts {duration:g} s, the {num_points} points of the model's trajectories {num_points / spec.rate:g} s: "
+            "give fewer frames"
+        )
+    points = torch.as_tensor(points).float().cpu()
+    return trajectory_vector(spec, points if points.ndim > 2 else points[None], num_points)
 
 
 def camera_rays(pipe, camera, num_frames: int, height: int, width: int) -> torch.Tensor:

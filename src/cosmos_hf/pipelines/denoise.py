@@ -33,9 +33,9 @@ def denoise_latents(
     raw output. The two branches run one after the other, with the memory of one, unless `sampling` says otherwise.
 
     `callback(pipe, step, timestep, tensors) -> tensors` runs after every step and may replace what it is given, all but
-    "denoised", the present estimate of the result. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
-    `conditions` are the network's other inputs by name, [B, ...]; those that `sampling` drops are zero without the prompt.
-    `windows` cover the clip where it is longer than what the network takes at once.
+    "denoised", the present estimate. `padding_mask` [B or 1, 1, height, width] is 1 where the picture is padding.
+    `conditions` are the network's other inputs by name, [B, ...] (those that `sampling` drops are zero without the prompt), and of
+    a network of several views `view_indices`. `windows` cover the clip where it is longer than what the network takes at once.
     """
     scheduler, transformer = pipe.scheduler, pipe.transformer
     sampling = Sampling.of(sampling)
@@ -43,7 +43,7 @@ def denoise_latents(
     generated = None if condition is None else ~condition.indicator.bool()
     if transformer.takes_condition_mask:
         conditions["condition_mask"] = _given_frames(condition, noise)
-    evaluate = _Network(transformer, fps, windows)
+    evaluate = _Network(transformer, fps, windows, len(conditions.get("view_indices", (0,))))
 
     def branch(hidden_states, c_noise, texts, kept):
         given = _for_branches(conditions, kept, len(noise), sampling.drop_conditions)
@@ -91,9 +91,10 @@ def _cache_of(transformer, kept: tuple[bool, ...]):
 class _Network:
     """The transformer for all steps: texts' keys and values are computed once, and windows cover a clip that is too long."""
 
-    def __init__(self, transformer, fps: float, windows: Windows | None):
+    def __init__(self, transformer, fps: float, windows: Windows | None, num_views: int):
         _start_cache(transformer, windows)
-        self._transformer, self._fps, self._windows, self._kept = transformer, fps, windows, []
+        self._transformer, self._fps, self._windows, self._num_views = transformer, fps, windows, num_views
+        self._kept = []
 
     def __call__(
         self, hidden_states: torch.Tensor, c_noise: torch.Tensor, texts: tuple[torch.Tensor, ...], given: dict
@@ -114,7 +115,7 @@ class _Network:
                 return prepared
         prepared = torch.cat(texts) if len(texts) > 1 else texts[0]
         if self._transformer.can_prepare_text:
-            prepared = self._transformer.prepare_text(prepared)
+            prepared = self._transformer.prepare_text(prepared, self._num_views)
         self._kept = [
             *self._kept[-1:],
             (texts, prepared),
@@ -131,6 +132,9 @@ def _for_branches(conditions: dict, kept: tuple[bool, ...], batch: int, dropped:
     """The conditions of all branches that are evaluated at once, those in `dropped` zero where a branch does not keep all."""
     given = {}
     for name, value in conditions.items():
+        if not isinstance(value, torch.Tensor):
+            given[name] = value  # of the call, not of a video
+            continue
         value = value.expand(batch, *value.shape[1:]) if len(kept) > 1 else value
         parts = [value if keep or name not in dropped else torch.zeros_like(value) for keep in kept]
         given[name] = torch.cat(parts) if len(parts) > 1 else parts[0]

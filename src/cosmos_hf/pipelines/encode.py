@@ -118,13 +118,22 @@ def draw_noise(shape: tuple[int, ...], generator, device) -> torch.Tensor:
 
 
 def read_conditioning(
-    image, video, count: int | None, most: int, factor: int, height: int, width: int, fps: float, fit: str = "crop"
+    image,
+    video,
+    count: int | None,
+    most: int,
+    factor: int,
+    height: int,
+    width: int,
+    fps: float,
+    fit: str = "crop",
+    from_end: bool = True,
 ) -> torch.Tensor:
     """An image or a video, or a list of them (one per item) -> the uint8 frames [B, 3, n, H, W] to continue from.
 
-    A video gives its last n frames, resampled to `fps`; n is `count`, or for None the largest legal number (1 + k * factor)
-    that every video has, at most `most`. `fit` is "crop" or "pad" (`read_video`). Raises ValueError for both or neither, and
-    for a count that is not legal.
+    A video gives its last n frames (its first without `from_end`), resampled to `fps`; n is `count`, or for None the largest
+    legal number (1 + k * factor) that every video has, at most `most`. `fit` is "crop" or "pad" (`read_video`). Raises ValueError
+    for both or neither, and for a count that is not legal.
     """
     if (image is None) == (video is None):
         raise ValueError("give exactly one of image and video")
@@ -147,7 +156,7 @@ def read_conditioning(
         count = min(most, *(_length(item, fps) for item in videos))
         count = max(0, count - 1) // factor * factor + 1
     size = dict(fps=fps, height=height, width=width, fit=fit)
-    return torch.stack([read_video(item, num_frames=count, from_end=True, **size).frames for item in videos])
+    return torch.stack([read_video(item, num_frames=count, from_end=from_end, **size).frames for item in videos])
 
 
 def source_sizes(image, video) -> list[tuple[int, int]]:

@@ -108,10 +108,16 @@ def _has_settings(folder: Path) -> bool:
 
 def _pipeline_class(class_name: str):
     from .diffusion_decoder import CosmosDiffusionDecoderPipeline
+    from .multiview import CosmosMultiViewPipeline
     from .text2world import CosmosText2WorldPipeline
     from .video2world import CosmosVideo2WorldPipeline
 
-    classes = (CosmosText2WorldPipeline, CosmosVideo2WorldPipeline, CosmosDiffusionDecoderPipeline)
+    classes = (
+        CosmosText2WorldPipeline,
+        CosmosVideo2WorldPipeline,
+        CosmosMultiViewPipeline,
+        CosmosDiffusionDecoderPipeline,
+    )
     known = {cls.__name__: cls for cls in classes}
     known |= {
         "CosmosTextToWorldPipeline": CosmosText2WorldPipeline,  # as published for diffusers

@@ -12,6 +12,7 @@ import torch
 from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 
+from ..conditioning.views import PUBLISHED_VIEWS
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.diffusers_layout import save_for_diffusers as save_tokenizer
 from ..models.stored_prompt import CosmosStoredPrompt
@@ -29,6 +30,8 @@ _CLASSES = {
     "vae": ("AutoencoderKLCosmos", "cosmos_hf.models.autoencoder_cosmos", "CosmosVideoTokenizer"),
     "scheduler": (DIFFUSERS_SCHEDULER, "cosmos_hf.schedulers.scheduling_edm_cosmos", "CosmosEDMScheduler"),
 }
+# Of the published multi-view models (arXiv 2501.03575, section 6.3).
+_MULTIVIEW_SETTINGS = dict(height=480, width=848, num_frames=57, fps=24)
 # Parts of the published folders that are no components of our pipelines.
 _LEFT_OUT = ("safety_checker",)
 # Config fields of our transformer that diffusers' class lacks; it computes the same only where they are off.
@@ -102,16 +105,25 @@ def export_for_diffusers(source: str | Path, target: str | Path):
 
 
 def complete_pipeline(base: str | Path, folder: str | Path):
-    """Copy all parts but the transformer from a pipeline's folder, in either layout, to one that has a `transformer` only."""
+    """Copy all parts but the transformer from a pipeline's folder, in either layout, to one that has a `transformer` only.
+
+    A network of six views is taken for the published one, with its views' names, size and number of frames.
+    """
     base, folder = Path(base), Path(folder)
     index = _read_index(base)
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and name != "transformer":
             _copy(base / name, folder / name)
     with torch.device("meta"):
-        masked = CosmosWorldTransformer3D.from_config(_transformer_config(folder)).takes_condition_mask
+        transformer = CosmosWorldTransformer3D.from_config(_transformer_config(folder))
     index["transformer"] = list(_CLASSES["transformer"][1:])
-    index["_class_name"] = "CosmosVideo2WorldPipeline" if masked else "CosmosText2WorldPipeline"
+    index["_class_name"] = (
+        "CosmosVideo2WorldPipeline" if transformer.takes_condition_mask else "CosmosText2WorldPipeline"
+    )
+    if transformer.config.num_views > 1:
+        index["_class_name"] = "CosmosMultiViewPipeline"
+        if transformer.config.num_views == len(PUBLISHED_VIEWS):
+            index |= dict(views=list(PUBLISHED_VIEWS), **_MULTIVIEW_SETTINGS)
     index.pop("_name_or_path", None)
     _write_json(folder / "model_index.json", index)
 

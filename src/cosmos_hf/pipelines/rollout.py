@@ -136,6 +136,8 @@ class _Plan:
         names = {"num_frames_per_chunk", "height", "width", "fps", "num_inference_steps", "guidance_scale"}
         if set(size) - names:
             raise ValueError(f"rollout has no argument {', '.join(sorted(set(size) - names))}")
+        if pipe.takes_views:
+            raise ValueError("rollout continues one view: take CosmosVideo2WorldPipeline with a model of one view")
         size = {"num_frames": size.get("num_frames_per_chunk")} | {
             name: size.get(name) for name in names - {"num_frames_per_chunk"}
         }
@@ -188,6 +190,10 @@ class _Chunks:
         pipe, run = self.pipe, self.plan.run
         whole = run | {"num_frames": num_frames}
         if actions is not None and "actions" in pipe.transformer.conditions:
+            if spec_of(pipe).kind == "trajectory":
+                raise ValueError(
+                    "this model's trajectories are told for one clip: a rollout needs a model that takes actions"
+                )
             actions = spec_of(pipe).check(actions, run["fps"])
             if actions.shape != (num_frames - 1, spec_of(pipe).width):
                 raise ValueError(

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
 
 from ..conditioning.action import ActionSpec
+from ..conditioning.views import check_view_names
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
@@ -15,7 +16,7 @@ from .buckets import bucket_size
 from .conditions import expand_conditions, read_conditions
 from .denoise import denoise_latents
 from .encode import check_size, check_text, count_prompts, draw_noise, encode_prompts
-from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_latents
+from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_views
 from .presets import PresetsMixin
 from .published_layout import translate_index
 from .sampling import Sampling
@@ -33,6 +34,7 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
             the model was trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
         action_spec: what actions mean, of a transformer that takes them; an `ActionSpec` or its fields.
+        views: names of the views, of a transformer that has several (`CosmosMultiViewPipeline`).
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -53,6 +55,7 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
         guidance_scale: float = 7.0,
         max_sequence_length: int = 512,
         action_spec: ActionSpec | dict | None = None,
+        views: list[str] | None = None,
     ):
         super().__init__()
         self.start_adapters()
@@ -68,6 +71,9 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
             guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
             action_spec=None if action_spec is None else asdict(ActionSpec.of(action_spec)),
+            views=None
+            if views is None
+            else list(check_view_names(views, transformer and transformer.config.num_views)),
         )
         self.interrupt = False
 
@@ -124,7 +130,8 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
                 shape that the model was trained with, or of its usual number of pixels.
             sampling: solver, noise levels, details of guidance; see `cosmos_hf.pipelines.sampling.Sampling`.
             actions: [num_frames - 1, A], for a model that takes them: action t leads from frame t to frame t + 1, in the units
-                of `action_spec`, which checks them. One for all videos, or [B, num_frames - 1, A] or a list.
+                of `action_spec`, which checks them. One for all videos, or [B, num_frames - 1, A] or a list. Or for a model that
+                takes a trajectory its points, [N, 3] (`cosmos_hf.conditioning.trajectory`).
             camera: a `CameraPath` of num_frames poses, a dict with its "intrinsics" and "extrinsics", or a list of such.
 
         Raises ValueError for contradictions and sizes that the model cannot represent.
@@ -182,10 +189,10 @@ def check_callback(pipe, names):
         )
 
 
-def latent_shape(pipe, batch_size: int, run: dict) -> tuple[int, ...]:
+def latent_shape(pipe, batch_size: int, run: dict, num_views: int = 1) -> tuple[int, ...]:
     vae = pipe.vae
     factor = vae.config.spatial_compression
-    frames = vae.latent_frames(run["num_frames"])
+    frames = num_views * vae.latent_frames(run["num_frames"])
     return batch_size, vae.config.latent_channels, frames, run["height"] // factor, run["width"] // factor
 
 
@@ -204,28 +211,33 @@ def generate(
     sampling=None,
     letterbox=None,
     conditions=None,
+    views=None,
 ):
     """Text and noise to the pipeline's output; `condition(noise)` makes the `FrameCondition` of frames that are given.
 
     `conditions`: what the network is given besides, [batch_size, ...] by the names of its arguments.
     `letterbox`: the `data.video.Box` of the picture within its padding, which the network is told and the output is rid of.
+    `views`: of several views their names and places in the model, in the order of the time axis; texts are then those of all of
+    them, [batch_size * V], view by view, and the frames in the output are a dict by name.
     """
     sampling = Sampling.of(sampling)
     pipe.interrupt = False
     device = pipe._execution_device
-    shape = latent_shape(pipe, batch_size, run)
+    count = len(views or (1,))
+    shape = latent_shape(pipe, batch_size, run, count)
     guided = run["guidance_scale"] > 0
     conditions = {name: value.to(device) for name, value in (conditions or {}).items()}
     sampling.check_dropped(conditions, guided)
     has_text = any(text is not None for text in texts)
-    text, negative_text = encode_prompts(pipe, *texts, batch_size, guided and has_text, device)
+    text, negative_text = encode_prompts(pipe, *texts, batch_size * count, guided and has_text, device)
+    if views:
+        conditions["view_indices"] = tuple(views.values())
+        text, negative_text = (
+            t if t is None else t.unflatten(0, (-1, count)).flatten(1, 2) for t in (text, negative_text)
+        )
     if guided and not has_text:
         negative_text = text
-    if latents is None:
-        latents = draw_noise(shape, generator, device)
-    elif latents.shape != shape:
-        raise ValueError(f"latents must be unit noise of shape {shape}, got {tuple(latents.shape)}")
-    latents = latents.to(device, torch.float32)
+    latents = _starting_noise(latents, shape, generator, device)
     result = denoise_latents(
         pipe,
         latents,
@@ -241,6 +253,14 @@ def generate(
         padding_mask=None if letterbox is None else letterbox.padding_mask(run["height"], run["width"], device),
         conditions=conditions,
     )
-    frames = decode_latents(pipe.vae, result, pipe.scheduler.config.sigma_data, output_type, letterbox)
+    frames = decode_views(pipe, result, views, output_type, letterbox)
     pipe.maybe_free_model_hooks()
     return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
+
+
+def _starting_noise(latents: torch.Tensor | None, shape: tuple[int, ...], generator, device) -> torch.Tensor:
+    if latents is None:
+        return draw_noise(shape, generator, device)
+    if latents.shape != shape:
+        raise ValueError(f"latents must be unit noise of shape {shape}, got {tuple(latents.shape)}")
+    return latents.to(device, torch.float32)

@@ -11,13 +11,15 @@ import torch
 from diffusers.loaders.lora_pipeline import CosmosLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..conditioning.action import ActionSpec
 from ..models.condition_adapters import ConditionAdapter
 from ..models.four_bit import blocks_of, check_available, four_bit_blocks
+from .cache import LatentDataset
 from .config import RunConfig
 from .devices import AUTOCAST, launched_as
-from .loop import TrainingError
+from .loop import TrainingError, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +165,22 @@ def load_trained(pipeline_class: type, folder: Path, config: AdapterSettings):
 def comparing(config: AdapterSettings, device) -> torch.autocast:
     """Around evaluations outside of the loop: autocast where the base's weights need it."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.base_precision == "bfloat16")
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------
+
+
+def sensitivities(model: nn.Module, loss, batches, datasets: dict[str, LatentDataset], batch_size: int) -> dict:
+    """`loss.sensitivity` on every validation set, in batches of two samples or more."""
+    figures, device = {}, next(model.parameters()).device
+    for name, dataset in datasets.items():
+        measured = []
+        for batch in DataLoader(dataset, max(2, batch_size), collate_fn=batches.collate):
+            if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
+                measured.append(loss.sensitivity(model, to_device(batch, device)))
+        for figure in measured[0] if measured else ():
+            figures[f"{name}_{figure}"] = sum(part[figure] for part in measured) / len(measured)
+    return figures
 
 
 # ---- export --------------------------------------------------------------------------------------------------------

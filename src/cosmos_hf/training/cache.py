@@ -6,6 +6,8 @@
 So a changed video, tokenizer, size or caption is coded again, and nothing else is. The video tokenizer is causal: the
 latents of a window that starts at frame 8 are not those of the whole clip from frame 8 on, since its first frame is
 coded alone. Windows are therefore coded one by one, for a short list of starts, and training draws among those.
+
+Of clips of several cameras every view has its own file, so that other choices of views share them.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from ..conditioning.views import join_views
 from ..data.clips import BROKEN, ClipDataset
 from ..data.samples import content_hash, window_arrays
 from ..data.video import to_float
@@ -46,24 +49,30 @@ def model_hash(model: nn.Module) -> str:
 class LatentDataset(Dataset):
     """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), or the `indices` int64
     [T', H', W'] of a discrete tokenizer; `fps`, `caption`, `key`; and the window of the clip's `arrays`.
+    Of a clip of several views, T' is those of all views, one view after the other, and there are `views` and `view_captions`.
 
     Args:
-        windows: per clip the files of its windows, and the pixel frames that each holds.
+        windows: per clip the files of its windows, one for each view, and the pixel frames that each holds.
         captions, keys: per clip.
         random: draw among a clip's windows (by the sampler's draw), else its first.
         arrays: per clip what a sample has besides (`actions`, `camera`), of the whole clip.
+        view_captions: per clip the captions of its views; None for clips of one camera.
+        views: their names.
     """
 
     def __init__(
         self,
-        windows: list[dict[Path, slice]],
+        windows: list[dict[tuple[Path, ...], slice]],
         captions: list[str],
         keys: list[str],
         random: bool = True,
         arrays: list[dict] | None = None,
+        view_captions: list[list[str]] | None = None,
+        views: tuple[str, ...] | None = None,
     ):
         self.windows, self.captions, self.keys, self.random = windows, captions, keys, random
         self.arrays = arrays or [{}] * len(windows)
+        self.view_captions, self.views = view_captions, views
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -71,19 +80,35 @@ class LatentDataset(Dataset):
     def first(self, count: int) -> "LatentDataset":
         """The first clips, each with its first window."""
         parts = (self.windows, self.captions, self.keys)
-        return LatentDataset(*(part[:count] for part in parts), random=False, arrays=self.arrays[:count])
+        texts = self.view_captions and self.view_captions[:count]
+        more = dict(random=False, arrays=self.arrays[:count], view_captions=texts, views=self.views)
+        return LatentDataset(*(part[:count] for part in parts), **more)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that a sample may come with."""
+        if self.view_captions is None:
+            return self.captions
+        return [caption for captions in self.view_captions for caption in captions]
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         index, draw = index if isinstance(index, tuple) else (index, 0)
         windows = self.windows[index]
         chosen = int(np.random.default_rng(draw).integers(len(windows))) if self.random else 0
-        path, window = list(windows.items())[chosen]
-        with safe_open(path, "pt") as file:
-            tensors, fps = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["fps"])  # noqa: SIM118
-        coded = {n: t.float() if t.is_floating_point() else t.long() for n, t in tensors.items()}
-        sample = dict(self.arrays[index])
+        paths, window = list(windows.items())[chosen]
+        parts = [_read_window(path) for path in paths]
+        (coded, fps), sample = parts[0], dict(self.arrays[index])
+        if self.views is not None:
+            coded = {name: join_views(torch.stack([part[name] for part, _ in parts]), dim=0) for name in coded}
+            sample |= {"views": list(self.views), "view_captions": self.view_captions[index]}
         window_arrays(sample, window)
         return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]} | sample
+
+
+def _read_window(path: Path) -> tuple[dict[str, torch.Tensor], float]:
+    with safe_open(path, "pt") as file:
+        tensors, fps = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["fps"])  # noqa: SIM118
+    return {n: t.float() if t.is_floating_point() else t.long() for n, t in tensors.items()}, fps
 
 
 @torch.no_grad()
@@ -110,36 +135,47 @@ def cache_latents(
         raise ValueError("caching needs whole clips: ClipDataset(..., num_frames=None, random=False)")
     folder = Path(folder) / f"latents-{model_hash(tokenizer)}"
     folder.mkdir(parents=True, exist_ok=True)
-    windows, captions, keys, beside = [], [], [], []
+    several = clips.reader.views is not None and not isinstance(clips.reader.views, str)
+    if several and tokenizer.config.quantizer is not None:
+        raise ValueError("several views need a continuous tokenizer")
+    windows, captions, keys, beside, texts = [], [], [], [], []
     for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
         files, key = clips.files(i), clips.key(i)
         try:
-            name, length = _video_hash(clips, files), clips.reader.length(files)[0]
-            paths = {s: folder / f"{name}-{s}-{num_frames}.safetensors" for s in starts if s + num_frames <= length}
+            names, length = _video_hashes(clips, files), clips.reader.length(files)[0]
+            fitting = [start for start in starts if start + num_frames <= length]
+            paths = {s: tuple(folder / f"{name}-{s}-{num_frames}.safetensors" for name in names) for s in fitting}
             if not paths:
                 raise ValueError(f"it has {length} frames: too few for {num_frames} from any of the starts {starts}")
-            missing = [start for start, path in paths.items() if not path.exists()]
+            missing = [(s, v) for s, group in paths.items() for v, path in enumerate(group) if not path.exists()]
             if missing and i % world_size == rank:
                 sample = clips.reader.read_whole(files, key)
-                for start in missing:
-                    _write_window(sample, start, num_frames, tokenizer, paths[start])
-            caption = clips.reader.text(files, key)[0]
+                for start, v in missing:
+                    view = sample | {"video": sample["video"][v]} if several else sample
+                    _write_window(view, start, num_frames, tokenizer, paths[start][v])
+            caption, record = clips.reader.text(files, key)
             found = clips.reader.read_arrays(files, key, arrays) if arrays else {}
         except BROKEN as error:
             clips.broken.meet(key, error, len(clips))
             continue
-        windows.append({path: slice(start, start + num_frames) for start, path in paths.items()})
+        windows.append({group: slice(start, start + num_frames) for start, group in paths.items()})
+        if several:
+            texts.append(clips.reader.view_captions(caption, record))
         captions.append(caption)
         keys.append(key)
         beside.append(found)
-    return LatentDataset(windows, captions, keys, random, beside)
+    views = (texts, tuple(clips.reader.views)) if several else (None, None)
+    return LatentDataset(windows, captions, keys, random, beside, *views)
 
 
-def _video_hash(clips: ClipDataset, files: dict) -> str:
-    """The video's bytes and how they are made into frames."""
-    digest = content_hash(clips.reader.video(files))
-    digest.update(repr((clips.reader.size, clips.reader.crop, clips.reader.fps)).encode())
-    return digest.hexdigest()[:32]
+def _video_hashes(clips: ClipDataset, files: dict) -> list[str]:
+    """Of the bytes of every view's video, and of how they are made into frames."""
+    names = []
+    for file in clips.reader.videos(files).values():
+        digest = content_hash(file)
+        digest.update(repr((clips.reader.size, clips.reader.crop, clips.reader.fps)).encode())
+        names.append(digest.hexdigest()[:32])
+    return names
 
 
 def _write_window(sample: dict, start: int, num_frames: int, tokenizer: CosmosVideoTokenizer, path: Path):

@@ -101,7 +101,7 @@ class WorldModel(nn.Module):
         """Raw output [B, C, T', H', W'] and log variance [B] (None without uncertainty).
 
         text: (ids [B, N], mask [B, N]) for the encoder, or embeddings [B, N, D]. keep [B]: 0 where a sample sees no text.
-        conditions: `actions` and `camera`, of a transformer that takes them.
+        conditions: `actions`, `camera` and `view_indices`, of a transformer that takes them.
         """
         embeds = text if self.text_encoder is None else embed_tokens(self.text_encoder, *text)
         embeds = embeds * keep[:, None, None].to(embeds.dtype)
@@ -184,17 +184,29 @@ class Texts:
         return torch.stack([load_text(self.paths[caption], self.length) for caption in captions])
 
     def collate(self, samples: list[dict]) -> dict:
-        text = self.encode([sample["caption"] for sample in samples])
+        captions = [caption for sample in samples for caption in texts_of(sample)]
+        text = self.encode(captions)
+        if len(captions) > len(samples):  # the views' texts one after the other
+            text = text.unflatten(0, (len(samples), -1)).flatten(1, 2)
         latents = torch.stack([sample["latents"] for sample in samples])
         return {"latents": latents, "text": text, "fps": torch.tensor([sample["fps"] for sample in samples])}
 
 
+def texts_of(sample: dict) -> list[str]:
+    """The captions of a sample's views, or its only one."""
+    return sample.get("view_captions") or [sample["caption"]]
+
+
 def build_datasets(
-    config: DiffusionConfig, vae: CosmosVideoTokenizer, need_caption: bool = True, arrays: tuple[str, ...] = ()
+    config: DiffusionConfig,
+    vae: CosmosVideoTokenizer,
+    need_caption: bool = True,
+    arrays: tuple[str, ...] = (),
+    views: tuple[str, ...] | None = None,
 ) -> tuple[LatentDataset, dict[str, LatentDataset]]:
     """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips).
 
-    `arrays` are the names of what samples have besides, such as `actions` and `camera`.
+    `arrays` are the names of what samples have besides, such as `actions` and `camera`; `views` those of the cameras to read.
     """
     if (config.num_frames - 1) % vae.config.temporal_compression:
         raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
@@ -212,6 +224,7 @@ def build_datasets(
             random=False,
             need_caption=need_caption,
             on_broken=config.on_broken,
+            views=views,
         )
         share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes, arrays=arrays)
         return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
@@ -236,24 +249,36 @@ class DiffusionLoss:
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
         latents, device = batch["latents"], batch["latents"].device
-        counts = None
-        if self.takes_condition_mask:
-            # Per sample; the reference draws once per process, where a batch is a sample or two.
-            counts = torch.randint(self.config.max_condition_frames + 1, (len(latents),), device=device)
+        counts = self.draw_counts(batch) if self.takes_condition_mask else None
         keep = (torch.rand(len(latents), device=device) >= self.config.text_dropout).float()
         plain, log_variance, sigma = self.losses(model, batch, counts, keep)
         loss = plain if log_variance is None else plain * (-log_variance).exp() + log_variance
         return loss.mean(), {"denoising": plain.detach().mean(), **self._by_band(plain.detach(), sigma)}
 
+    def num_views(self, batch: dict) -> int:
+        """How many views the time axis of the latents holds."""
+        return 1
+
+    def draw_counts(self, batch: dict) -> torch.Tensor:
+        """Latent frames given to each sample; the reference draws once per process, where a batch is a sample or two."""
+        latents = batch["latents"]
+        return torch.randint(self.config.max_condition_frames + 1, (len(latents),), device=latents.device)
+
+    def equal_counts(self, batch: dict, count: int) -> torch.Tensor | None:
+        """`count` latent frames given to each sample, in every view; None for a network that takes none."""
+        views, size = self.num_views(batch), len(batch["latents"])
+        shape = (size,) if views == 1 else (size, views)
+        return torch.full(shape, count, device=batch["latents"].device) if self.takes_condition_mask else None
+
     def losses(self, model: nn.Module, batch: dict, counts: torch.Tensor | None, keep: torch.Tensor):
         """(weighted squared error [B], about 1 for a model that knows nothing; log variance [B] or None; sigma [B]).
 
-        counts [B]: latent frames given to each sample. Draws noise levels and noises from torch's global generator.
+        counts [B], or [B, V] of several views: latent frames given. Draws noise levels and noises from torch's global generator.
         """
         scheduler = self.scheduler
         latents = batch["latents"] * scheduler.config.sigma_data  # [B, C, T', H', W']
         size, frames, device = len(latents), latents.shape[2], latents.device
-        sigma = scheduler.sample_training_sigmas(size, frames, device=device)
+        sigma = scheduler.sample_training_sigmas(size, frames // self.num_views(batch), device=device)
         noisy = scheduler.add_noise(latents, torch.randn_like(latents), sigma)
         condition = mask = None
         if counts is not None:
@@ -266,7 +291,7 @@ class DiffusionLoss:
                 augment_noise=torch.randn_like(latents),
                 release=False,
             )
-        log_variance, others = None, {name: batch[name] for name in CONDITIONS if name in batch}
+        log_variance, others = None, {name: batch[name] for name in (*CONDITIONS, "view_indices") if name in batch}
 
         def network(hidden_states, c_noise):
             nonlocal log_variance
@@ -298,9 +323,8 @@ def validate(
                 torch.manual_seed(0)
                 for batch in DataLoader(dataset, batch_size, collate_fn=texts.collate):
                     batch = to_device(batch, device)
-                    size = len(batch["latents"])
-                    counts = torch.full((size,), count, device=device) if loss.takes_condition_mask else None
-                    errors.append(loss.losses(model, batch, counts, torch.ones(size, device=device))[0])
+                    keep = torch.ones(len(batch["latents"]), device=device)
+                    errors.append(loss.losses(model, batch, loss.equal_counts(batch, count), keep)[0])
             figures[f"{name}_denoising_given{count}"] = torch.cat(errors).mean().item()
     return figures
 
@@ -310,7 +334,7 @@ def check_reload(model: WorldModel, again: WorldModel, text, num_frames: int = 2
     """Compare one forward pass of two models; TrainingError where they differ. text: as `WorldModel.forward` takes it, B = 1."""
     device = next(model.parameters()).device
     config = model.transformer.config
-    side = 2 * config.patch_size[1]
+    side, num_frames = 2 * config.patch_size[1], num_frames * config.num_views
     x = torch.linspace(-1, 1, config.out_channels * num_frames * side * side, device=device)
     x = x.view(1, config.out_channels, num_frames, side, side)
     mask = x.new_zeros(1, 1, num_frames, side, side) if model.transformer.takes_condition_mask else None

@@ -2,8 +2,7 @@
 
 A run starts from a pipeline's folder. New parts start at zero, so step 0 is the base, which is checked; with LoRA the base's own
 weights stay as they are, to the bit, and what was learned is exported as an adapter (`models.condition_adapters`).
-Whether the conditions are followed is measured all along: `sensitivity_<condition>` is how much the output changes when
-the samples of a batch exchange them, as a share of the output.
+Whether the conditions are followed is measured all along (`conditioned_loss`).
 """
 
 import dataclasses
@@ -12,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
 from ..conditioning.camera import plucker_rays
+from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_spec, trajectory_vector
+from ..conditioning.views import check_view_names, join_views
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
-from ..models.condition_adapters import GrownLinear, added_columns, added_parts
+from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from .adaptation import (
@@ -32,19 +31,12 @@ from .adaptation import (
     tell_trained,
 )
 from .cache import LatentDataset
-from .diffusion import (
-    CONDITIONS,
-    DiffusionConfig,
-    DiffusionLoss,
-    Texts,
-    WorldModel,
-    build_uncertainty,
-    validate,
-    wave_conditions,
-)
-from .loop import to_device
+from .conditioned_loss import INPUTS
+from .diffusion import DiffusionConfig, Texts, WorldModel, build_uncertainty, texts_of, wave_conditions
 
-INPUTS = {"camera": "camera", "action": "actions", "instruction": "text"}  # condition -> what a batch calls it
+# The array that a clip must have for a condition.
+ARRAYS = {"camera": "camera", "action": "actions", "trajectory": "camera"}
+VIEW_EMBED_DIM = 6  # of the published multi-view models
 SPECS = {"bridge": BRIDGE, "driving": DRIVING}
 # Settings of a training from scratch that a post-training takes from its base.
 OF_THE_BASE = ("preset", "train_text_encoder", "text_preset", "vocab_size", "p_mean", "p_std", "scale_noise_by_frames")
@@ -54,11 +46,24 @@ OF_THE_BASE += ("num_inference_steps", "guidance_scale")
 @dataclass
 class PosttrainConfig(AdapterSettings, DiffusionConfig):
     conditions: list[str] = field(
-        default_factory=list, metadata={"help": "what to learn: camera, action, instruction, one or several"}
+        default_factory=list,
+        metadata={"help": "what to learn: camera, action, trajectory, instruction, views, one or several"},
     )
     lora_targets: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
         metadata={"help": "ends of the names of the layers in every block"},
+    )
+    views: list[str] = field(
+        default_factory=list, metadata={"help": "names of the clips' cameras, in the model's order"}
+    )
+    views_per_step: int = field(
+        default=0, metadata={"help": "draw so many of the views for every step, which costs less; 0: all"}
+    )
+    whole_views: float = field(
+        default=0.3, metadata={"help": "share of samples of which some views, a random subset, are given whole"}
+    )
+    trajectory_points: int = field(
+        default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
     num_frames: int = field(default=0, metadata={"help": "length of a window in pixel frames; 0: the base's"})
     max_sequence_length: int = field(default=0, metadata={"help": "text tokens; 0: the base's"})
@@ -71,21 +76,58 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         unknown = [name for name in self.conditions if name not in INPUTS]
         if unknown or not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"conditions must be one or several of {', '.join(INPUTS)}, got {self.conditions}")
-        if settings := pipeline_settings(self.init_from):
+        if {"action", "trajectory"} <= set(self.conditions):
+            raise ValueError("action and trajectory enter the network by the same door: learn one of them")
+        settings = pipeline_settings(self.init_from)
+        if settings:
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
             self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
+        self._check_views(settings.get("views"))
+
+    def _check_views(self, base_views: list[str] | None):
+        if "views" in self.conditions:
+            if base_views:
+                raise ValueError(
+                    f"the base has the views {', '.join(base_views)} already: leave views out of conditions"
+                )
+            if len(check_view_names(self.views)) < 2:
+                raise ValueError(f"views must name at least two cameras of the clips, got {self.views}")
+        elif base_views:
+            self.views = self.views or list(base_views)
+            if self.views != list(base_views):
+                raise ValueError(f"the base has the views {', '.join(base_views)}, not {', '.join(self.views)}")
+        elif self.views:
+            raise ValueError("views names cameras, but the base has one view: add views to conditions")
+        if self.views_per_step and not 2 <= self.views_per_step <= len(self.views):
+            raise ValueError(f"views_per_step must be 0 (all) or 2 to {len(self.views)}, got {self.views_per_step}")
+        if not 0 <= self.whole_views <= 1 or self.trajectory_points < 1:
+            raise ValueError("whole_views must be in [0, 1], trajectory_points at least 1")
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """What samples must have besides their videos and captions."""
-        return tuple(INPUTS[name] for name in self.conditions if INPUTS[name] in CONDITIONS)
+        return tuple(dict.fromkeys(ARRAYS[name] for name in self.conditions if name in ARRAYS))
+
+    @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """The cameras of a clip to read; None for clips of one."""
+        return tuple(self.views) or None
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
 def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec | None:
-    """What the actions of the run mean, with the normalisation and the range of its data; None for a run without actions."""
+    """What the actions (or trajectories) of the run mean, with the normalisation and the range of its data; None without."""
+    if "trajectory" in config.conditions:
+        fps = data[0]["fps"]
+        spec = trajectory_spec(config.trajectory_points * fps / (config.num_frames - 1))
+        points = [
+            trajectory_points(reference_poses(arrays["camera"], window), fps, config.trajectory_points, spec.rate)
+            for windows, arrays in zip(data.windows, data.arrays, strict=True)
+            for window in windows.values()
+        ]
+        return spec.with_statistics(points, config.action_normalisation)
     if "action" not in config.conditions:
         return None
     if config.action_spec in SPECS:
@@ -106,10 +148,17 @@ def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec
     return spec.with_statistics([arrays["actions"] for arrays in data.arrays], config.action_normalisation)
 
 
-class ConditionBatches:
-    """Samples -> batches with the network's inputs: `actions` [B, T', f A] and `camera` [B, 6, T', H', W'].
+def reference_poses(camera: dict, window: slice = slice(None)) -> torch.Tensor:
+    """Poses [T, 4, 4] of a clip's only camera, or of the first of its views."""
+    extrinsics = camera["extrinsics"]
+    return (extrinsics if extrinsics.ndim == 3 else extrinsics[0])[window]
 
-    Text is as `Texts` gives it, and zero for samples without a caption.
+
+class ConditionBatches:
+    """Samples -> batches with the network's inputs: `actions` [B, T', f A], or [B, 1, 3 N] of trajectories, and `camera`
+    [B, 6, T', H', W']. Of several views T' is that of all of them.
+
+    Text is as `Texts` gives it, and zero for samples (or views) without a caption.
     """
 
     def __init__(self, config: PosttrainConfig, texts: Texts, vae: CosmosVideoTokenizer, spec: ActionSpec | None):
@@ -118,21 +167,36 @@ class ConditionBatches:
 
     @property
     def action_dim(self) -> int | None:
-        return None if self.spec is None else self.temporal * self.spec.width
+        if self.spec is None:
+            return None
+        return self.spec.width * (self.temporal if self.spec.kind != "trajectory" else self.config.trajectory_points)
 
     def collate(self, samples: list[dict]) -> dict:
         batch = self.texts.collate(samples)
-        told = torch.tensor([bool(sample["caption"]) for sample in samples])
-        batch["text"] = batch["text"] * told[:, None, None]
+        told = torch.tensor([[bool(caption) for caption in texts_of(sample)] for sample in samples])
+        batch["text"] = batch["text"] * told.repeat_interleave(self.texts.length, dim=1)[..., None]
         if self.spec is not None:
-            actions = [self.spec.normalise(sample["actions"], sample["fps"]) for sample in samples]
-            batch["actions"] = torch.stack([group_actions(part, self.temporal) for part in actions])
+            batch["actions"] = torch.stack([self._actions(sample) for sample in samples])
         if "camera" in self.config.conditions:
             height, width = (size * self.spatial for size in batch["latents"].shape[-2:])
             size = height, width, self.spatial, self.temporal
-            cameras = [sample["camera"] for sample in samples]
-            batch["camera"] = torch.stack([plucker_rays(c["intrinsics"], c["extrinsics"], *size) for c in cameras])
+            batch["camera"] = torch.stack([self._rays(sample["camera"], size) for sample in samples])
         return batch
+
+    def _actions(self, sample: dict) -> torch.Tensor:
+        if self.spec.kind == "trajectory":
+            count = self.config.trajectory_points
+            points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
+            return trajectory_vector(self.spec, points, count)
+        actions = group_actions(self.spec.normalise(sample["actions"], sample["fps"]), self.temporal)
+        return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
+
+    def _rays(self, camera: dict, size: tuple[int, ...]) -> torch.Tensor:
+        poses = camera["extrinsics"]
+        if not self.config.views:
+            return plucker_rays(camera["intrinsics"], poses, *size)
+        # One world for all views: that of the first one's first camera.
+        return join_views(plucker_rays(camera["intrinsics"], poses, *size, reference=poses[0, 0]), dim=0)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -157,12 +221,16 @@ def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
 def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
     """The conditions as fields of the transformer's config."""
     changes = {"camera_channels": CAMERA_CHANNELS} if "camera" in config.conditions else {}
-    return changes | ({"action_dim": action_dim, "action_form": "intended"} if "action" in config.conditions else {})
+    if action_dim is not None:
+        changes |= {"action_dim": action_dim, "action_form": "intended"}
+    if "views" in config.conditions:
+        changes |= {"num_views": len(config.views), "view_embed_dim": VIEW_EMBED_DIM}
+    return changes
 
 
 def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, changes: dict):
     for name in changes:
-        if name != "action_form" and transformer.config[name] not in (None, 0):
+        if name != "action_form" and has_condition(transformer, name):
             raise ValueError(f"the base has {name}={transformer.config[name]} already; post-train one without it")
     extend_conditions(transformer, **changes)
     if not config.lora_rank:
@@ -176,13 +244,15 @@ def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, cha
 
 
 def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], None]):
-    """`check_same_output` of one evaluation with conditions that are not zero."""
+    """`check_same_output` of one evaluation with conditions that are not zero, of a single view."""
     mixed = any(parameter.dtype == torch.bfloat16 for parameter in transformer.parameters())
 
     def output():
         config = transformer.config
         side, frames = 4 * config.patch_size[1], 3 * config.patch_size[0]
         others = wave_conditions(transformer, frames, side, "cpu")
+        if config.num_views > 1:
+            others["num_views"] = 1
         if transformer.takes_condition_mask:
             others["condition_mask"] = torch.zeros(1, 1, frames, side, side)
         x = torch.arange(config.out_channels * frames * side**2).float().sin().view(1, -1, frames, side, side)
@@ -193,90 +263,24 @@ def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], 
     check_same_output(output, change)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------------
-
-
-class ConditionedLoss(DiffusionLoss):
-    """`compute_loss` of `fit`: conditions are zeroed for a share of samples, and once per log line their effect is measured."""
-
-    calls = 0
-
-    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-        size, device, logs = len(batch["latents"]), batch["latents"].device, {}
-        if self.calls % (self.config.log_every * self.config.gradient_accumulation) == 0:
-            logs = {name: value for name, value in self.sensitivity(model, batch).items() if name.startswith("sens")}
-        self.calls += 1
-        keep = (torch.rand(size, device=device) >= self.config.condition_dropout).float()
-        seen = {
-            name: batch[name] * keep.view(-1, *[1] * (batch[name].ndim - 1)) for name in CONDITIONS if name in batch
-        }
-        loss, more = super().__call__(model, batch | seen)
-        return loss, more | logs
-
-    @torch.no_grad()
-    def sensitivity(self, model: nn.Module, batch: dict) -> dict[str, float]:
-        """For every condition of the run what changes when each sample gets the next one's, the first frame being given.
-
-        `sensitivity_<name>`: rms of the output's change over rms of the output, of the frames that are not given.
-        `error_ratio_<name>`: denoising error with the wrong condition over that with the right one; above 1 where it is of use.
-        NaN for a single sample. Leaves the random generators as they are.
-        """
-        device, size = batch["latents"].device, len(batch["latents"])
-        given = int(self.takes_condition_mask)
-        counts = torch.ones(size, dtype=torch.long, device=device) if given else None
-        outputs = []
-
-        def recorded(*args, **kwargs):
-            output, log_variance = model(*args, **kwargs)
-            outputs.append(output[:, :, given:].float())
-            return output, log_variance
-
-        def error(inputs):
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(0)
-                return self.losses(recorded, inputs, counts, torch.ones(size, device=device))[0].mean()
-
-        figures, right = {}, error(batch)
-        for name in self.config.conditions:
-            key = INPUTS[name]
-            wrong = error(batch | {key: batch[key].roll(1, 0)})
-            change = (outputs[-1] - outputs[0]).square().mean().sqrt() / outputs[0].square().mean().sqrt()
-            figures[f"sensitivity_{name}"] = float(change) if size > 1 else float("nan")
-            figures[f"error_ratio_{name}"] = float(wrong / right) if size > 1 else float("nan")
-        return figures
-
-
-def validate_conditions(
-    model: WorldModel,
-    loss: ConditionedLoss,
-    batches: ConditionBatches,
-    datasets: dict[str, LatentDataset],
-    batch_size: int,
-) -> dict:
-    """`diffusion.validate`, and the sensitivity to every condition on every validation set."""
-    return validate(model, loss, batches, datasets, batch_size) | sensitivities(
-        model, loss, batches, datasets, batch_size
-    )
-
-
-def sensitivities(model: nn.Module, loss, batches, datasets: dict[str, LatentDataset], batch_size: int) -> dict:
-    """`loss.sensitivity` on every validation set, in batches of two samples or more."""
-    figures, device = {}, next(model.parameters()).device
-    for name, dataset in datasets.items():
-        measured = []
-        for batch in DataLoader(dataset, max(2, batch_size), collate_fn=batches.collate):
-            if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
-                measured.append(loss.sensitivity(model, to_device(batch, device)))
-        for figure in measured[0] if measured else ():
-            figures[f"{name}_{figure}"] = sum(part[figure] for part in measured) / len(measured)
-    return figures
-
-
 # ---- export --------------------------------------------------------------------------------------------------------
 
 
-def export_adapter(model: WorldModel, folder: Path, config: PosttrainConfig, batches: ConditionBatches):
-    """Write what was learned beside the base: LoRA, new columns and modules, what actions mean."""
-    trained_on = dict(num_frames=config.num_frames, condition_dropout=config.condition_dropout)
+def trained_on(config: PosttrainConfig, batches: ConditionBatches, sample: dict) -> dict:
+    """Settings of the run as a pipeline's, which differ from the base's where the clips do."""
+    height, width = (size * batches.spatial for size in sample["latents"].shape[-2:])
+    return dict(height=height, width=width, num_frames=config.num_frames, fps=sample["fps"])
+
+
+def export_adapter(
+    model: WorldModel, folder: Path, config: PosttrainConfig, batches: ConditionBatches, sample: dict | None = None
+):
+    """Write what was learned beside the base: LoRA, new columns and modules, what actions mean, the views' names; and for a
+    `sample` of the data the size and rate of what was trained on."""
+    told = dict(num_frames=config.num_frames, condition_dropout=config.condition_dropout)
+    if "views" in config.conditions:
+        told["views"] = config.views
+    if sample is not None:
+        told["settings"] = trained_on(config, batches, sample)
     changes = config_changes(config, batches.action_dim)
-    save_adapter(model.transformer, Path(folder), changes, batches.spec, names=config.conditions, **trained_on)
+    save_adapter(model.transformer, Path(folder), changes, batches.spec, names=config.conditions, **told)

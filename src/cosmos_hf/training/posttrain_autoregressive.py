@@ -24,6 +24,7 @@ from .adaptation import (
     freeze,
     pipeline_settings,
     save_adapter,
+    sensitivities,
     tell_trained,
 )
 from .autoregressive import (
@@ -35,7 +36,6 @@ from .autoregressive import (
 )
 from .cache import LatentDataset
 from .diffusion import Texts
-from .posttrain import sensitivities
 
 INPUTS = {"action": "actions", "instruction": "text"}  # condition -> what a batch calls it
 # Settings of a training from scratch that a post-training takes from its base.

@@ -1,0 +1,151 @@
+"""Measure a multi-view world model on held-out clips of known cameras: is it one world, is the way followed, how near are pictures?
+
+    python pipelines/evaluate_views.py --adapter runs/nano_views/export --data datasets/driving/val_iid --output views.json
+
+For every set and every way of giving frames: `frames` gives the first frame of each view, `view` the whole of the first view.
+Beside the model's figures stand those of the true videos and of their reconstruction by the tokenizer, the best that the model
+could reach; with `--compare_base` also those of the base that continues each view by itself.
+Needs `pip install 'cosmos-hf[geometry]'`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cosmos_hf import CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
+from cosmos_hf.conditioning.camera import CameraPath
+from cosmos_hf.conditioning.trajectory import trajectory_points
+from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
+from cosmos_hf.evaluation.multiview import score_geometry, score_pictures, summarise_views
+from cosmos_hf.pipelines.scripting import provenance, report
+
+GIVEN = ("frames", "view")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=nano_path("video2world"), help="folder of a base, or of a multi-view pipeline"
+    )
+    parser.add_argument("--adapter", help="folder of an adapter with views")
+    parser.add_argument("--data", nargs="+", required=True, help="shards of held-out clips with cameras")
+    parser.add_argument("--output", default="outputs/views.json")
+    parser.add_argument("--num_clips", type=int, default=8, help="of each set")
+    parser.add_argument("--views", nargs="+", help="of the model's views; default: all")
+    parser.add_argument("--given", nargs="+", choices=GIVEN, default=list(GIVEN))
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--compare_base", action="store_true", help="also the base alone, view by view")
+    parser.add_argument("--truth_only", action="store_true", help="figures of the true videos and the tokenizer alone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    with report(parser):
+        pipe = CosmosMultiViewPipeline.from_pretrained(args.model).to(args.device)
+        if args.adapter:
+            pipe.load_lora_weights(args.adapter)
+        pipe.set_progress_bar_config(disable=True)
+        figures = {"made_by": provenance(args, pipe)}
+        for path in args.data:
+            entry = evaluate_set(pipe, path, args)
+            figures[Path(path).name] = {name: summarise_views(scores) for name, scores in entry.items() if scores}
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps(figures, indent=1))
+    print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")
+
+
+def evaluate_set(pipe, path: str, args) -> dict[str, list[dict]]:
+    """Scores of every clip by what they are of."""
+    settings = {name: pipe.trained_settings.get(name, pipe.config[name]) for name in ("height", "width", "num_frames")}
+    size = settings["height"], settings["width"]
+    views = tuple(args.views or pipe.views or ())
+    clips = ClipDataset(path, num_frames=settings["num_frames"], size=size, random=False, views=views or None)
+    names = ("truth", "reconstruction", *args.given, *(f"base_{given}" for given in args.given if given == "frames"))
+    entry, rows = {name: [] for name in names}, {}
+    base = None
+    if args.compare_base:
+        base = CosmosVideo2WorldPipeline.from_pretrained(args.model).to(args.device)
+        base.set_progress_bar_config(disable=True)
+    for seed in tqdm(range(min(args.num_clips, len(clips))), desc=Path(path).name, unit="clip"):
+        sample = clips[seed]
+        made = {"truth": to_float(sample["video"]), "reconstruction": reconstruct(pipe, sample["video"])}
+        for given in () if args.truth_only else args.given:
+            made[given] = generate(pipe, sample, views, given, seed, args)
+            if base is not None and given == "frames":
+                made[f"base_{given}"] = torch.stack([alone(base, sample, v, seed, args) for v in range(len(views))])
+        for name, videos in made.items():
+            entry[name].append(score(videos, sample, name))
+            if seed == 0:
+                rows |= {f"{name}: {view}": to_uint8(video)[:, ::4] for view, video in zip(views, videos, strict=True)}
+    sheet = Path(args.output).with_suffix("") / f"{Path(path).name}.png"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows).save(sheet)
+    return entry
+
+
+def score(videos: torch.Tensor, sample: dict, name: str) -> dict:
+    camera, frames = sample["camera"], videos.shape[2]
+    pictures = to_uint8(videos).permute(0, 2, 3, 4, 1).numpy()
+    figures = {"geometry": score_geometry(pictures, camera["intrinsics"], camera["extrinsics"])}
+    if name != "truth":
+        given = [0] * len(videos) if name == "reconstruction" else [1] * len(videos)
+        given = [frames] + [0] * (len(videos) - 1) if name == "view" else given
+        figures["psnr"] = score_pictures(videos, to_float(sample["video"]), given)
+    return figures
+
+
+@torch.no_grad()
+def reconstruct(pipe, video: torch.Tensor) -> torch.Tensor:
+    frames = to_float(video).to(pipe.vae.device, pipe.vae.dtype)
+    return torch.cat([pipe.vae(view[None]).sample.float().cpu() for view in frames]).clamp(-1, 1)
+
+
+def generate(pipe, sample: dict, views: tuple[str, ...], given: str, seed: int, args) -> torch.Tensor:
+    """All views [V, 3, T, H, W] in [-1, 1], with the inputs that the model takes."""
+    videos, camera, more = dict(zip(views, sample["video"], strict=True)), sample["camera"], {}
+    if "camera" in pipe.transformer.conditions:
+        size = sample["video"].shape[-2:]
+        paths = [CameraPath(k, e, *size) for k, e in zip(camera["intrinsics"], camera["extrinsics"], strict=True)]
+        more["camera"] = dict(zip(views, paths, strict=True))
+    if "actions" in pipe.transformer.conditions:
+        more["actions"] = sample.get("actions")
+        if pipe.action_spec.kind == "trajectory":
+            count, rate = pipe.transformer.config.action_dim // pipe.action_spec.width, pipe.action_spec.rate
+            more["actions"] = trajectory_points(camera["extrinsics"][0], sample["fps"], count, rate)
+    if given == "frames":
+        more["image"] = {view: video[:, :1] for view, video in videos.items()}
+    else:
+        more["video"] = {views[0]: videos[views[0]]}
+    result = pipe(
+        prompt=dict(zip(views, sample["view_captions"], strict=True)),
+        views=list(views),
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **more,
+    )
+    return torch.stack([result.frames[view][0].transpose(0, 1).float().cpu() * 2 - 1 for view in views])
+
+
+def alone(base, sample: dict, view: int, seed: int, args) -> torch.Tensor:
+    video = sample["video"][view]
+    result = base(
+        image=video[:, :1],
+        prompt=sample["view_captions"][view],
+        height=video.shape[2],
+        width=video.shape[3],
+        num_frames=video.shape[1],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )
+    return result.frames[0].transpose(0, 1).float().cpu() * 2 - 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The loss of a post-training with further conditions, and how it is seen whether they are followed.
+
+`sensitivity_<condition>` is how much the output changes when the samples of a batch exchange a condition, as a share of the
+output; of views, how much the others change with the first.
+"""
+
+import torch
+from torch import nn
+
+from ..conditioning.frames import condition_indicator
+from ..conditioning.views import draw_given_frames, pick_views
+from .adaptation import sensitivities
+from .cache import LatentDataset
+from .diffusion import DiffusionLoss, WorldModel, validate
+
+INPUTS = {"camera": "camera", "action": "actions", "trajectory": "actions", "instruction": "text", "views": "latents"}
+ZEROED = ("actions", "camera")  # by `condition_dropout`, where a batch has them
+
+
+class ConditionedLoss(DiffusionLoss):
+    """`compute_loss` of `fit`: conditions are zeroed for a share of samples, and once per log line their effect is measured."""
+
+    calls = 0
+
+    def num_views(self, batch: dict) -> int:
+        return len(batch.get("view_indices", self.config.views)) or 1
+
+    def draw_counts(self, batch: dict) -> torch.Tensor:
+        views, latents, most = self.num_views(batch), batch["latents"], self.config.max_condition_frames
+        if views == 1:
+            return super().draw_counts(batch)
+        frames = latents.shape[2] // views
+        return draw_given_frames(len(latents), views, frames, most, self.config.whole_views, latents.device)
+
+    def draw_views(self, batch: dict) -> dict:
+        """The batch with `views_per_step` of its views, in their order."""
+        views, count = len(self.config.views), self.config.views_per_step
+        if not count:
+            return batch
+        indices = tuple(sorted(torch.randperm(views)[:count].tolist()))
+        axes = {"latents": 2, "text": 1, "camera": 2}
+        if batch.get("actions") is not None and batch["actions"].shape[1] > 1:
+            axes["actions"] = 1
+        picked = {name: pick_views(batch[name], indices, views, dim) for name, dim in axes.items() if name in batch}
+        return batch | picked | {"view_indices": indices}
+
+    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
+        batch = self.draw_views(batch)
+        size, device, logs = len(batch["latents"]), batch["latents"].device, {}
+        if self.calls % (self.config.log_every * self.config.gradient_accumulation) == 0:
+            logs = {name: value for name, value in self.sensitivity(model, batch).items() if name.startswith("sens")}
+        self.calls += 1
+        keep = (torch.rand(size, device=device) >= self.config.condition_dropout).float()
+        seen = {name: batch[name] * keep.view(-1, *[1] * (batch[name].ndim - 1)) for name in ZEROED if name in batch}
+        loss, more = super().__call__(model, batch | seen)
+        return loss, more | logs
+
+    @torch.no_grad()
+    def sensitivity(self, model: nn.Module, batch: dict) -> dict[str, float]:
+        """For every condition of the run what changes when each sample gets the next one's, the first frame being given.
+
+        Of views it is what changes in the others when the first one is given whole, and is another sample's.
+        `sensitivity_<name>`: rms of the output's change over rms of the output, of the frames that are not given.
+        `error_ratio_<name>`: denoising error with the wrong condition over that with the right one; above 1 where it is of use.
+        NaN for a single sample. Leaves the random generators as they are.
+        """
+        figures, size = {}, len(batch["latents"])
+        for name in self.config.conditions:
+            counts, exchanged = self.equal_counts(batch, 1), batch[INPUTS[name]].roll(1, 0)
+            if name == "views":
+                if counts is None:
+                    continue  # no frames can be given to the network
+                frames = batch["latents"].shape[2] // self.num_views(batch)
+                counts = counts * 0
+                counts[:, 0] = frames
+                exchanged = torch.cat([exchanged[:, :, :frames], batch["latents"][:, :, frames:]], dim=2)
+            right, output = self._evaluate(model, batch, counts)
+            wrong, other = self._evaluate(model, batch | {INPUTS[name]: exchanged}, counts)
+            change = (other - output).square().mean().sqrt() / output.square().mean().sqrt()
+            figures[f"sensitivity_{name}"] = float(change) if size > 1 else float("nan")
+            figures[f"error_ratio_{name}"] = float(wrong / right) if size > 1 else float("nan")
+        return figures
+
+    def _evaluate(
+        self, model: nn.Module, batch: dict, counts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean error, output of the frames that are not given), with the same noise every time."""
+        latents, outputs = batch["latents"], []
+        indicator = condition_indicator(latents.shape[2], 0 if counts is None else counts[:1], latents.device)
+
+        def recorded(*args, **kwargs):
+            output, log_variance = model(*args, **kwargs)
+            outputs.append(output[:, :, indicator.flatten() == 0].float())
+            return output, log_variance
+
+        with torch.random.fork_rng(devices=[latents.device] if latents.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            error = self.losses(recorded, batch, counts, torch.ones(len(latents), device=latents.device))[0].mean()
+        return error, outputs[0]
+
+
+def validate_conditions(
+    model: WorldModel,
+    loss: ConditionedLoss,
+    batches,
+    datasets: dict[str, LatentDataset],
+    batch_size: int,
+) -> dict:
+    """`diffusion.validate`, and the sensitivity to every condition on every validation set."""
+    measure = (model, loss, batches, datasets, batch_size)
+    return validate(*measure) | sensitivities(*measure)
