@@ -1,6 +1,9 @@
 """Following of instructions, judged on simulated clips: true renderings, still pictures, and other motions in their place."""
 
+import json
+import runpy
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +20,31 @@ from cosmos_hf.evaluation.instructions import (
     score_instruction,
     swap_instruction,
 )
+from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
+from tiny_pipelines import SETTINGS, components
 
-pytest.importorskip("mujoco")
+pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 from cosmos_hf.worlds.captions import direction_in_view
+from cosmos_hf.worlds.render import choose_renderer
+from cosmos_hf.worlds.shards import sample_of
 from cosmos_hf.worlds.tabletop import simulate
 
 FRAMES, CLIPS = 17, (0, 3, 5)  # of val_combo: a push away, a pick, a push to the left beside two other objects
 
 
 @pytest.fixture(scope="module")
-def samples():
+def episodes():
+    try:
+        renderer = choose_renderer()
+    except RuntimeError as error:
+        pytest.skip(f"no renderer runs on this machine: {error}")
+    return [simulate("val_combo", index, renderer=renderer, masks=True) for index in CLIPS]
+
+
+@pytest.fixture(scope="module")
+def samples(episodes):
     found = []
-    for index in CLIPS:
-        clip = simulate("val_combo", index, renderer="classic", masks=True)
+    for clip in episodes:
         numbers = {name: torch.from_numpy(value) for name, value in clip.arrays().items()}
         camera = {"intrinsics": numbers["intrinsics"], "extrinsics": numbers["extrinsics"][:FRAMES]}
         video = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[:, :FRAMES]
@@ -129,3 +144,22 @@ def test_what_cannot_be_measured_is_left_out(samples):
     idle = samples[0] | {"caption": "A robot arm moves freely above the table."}
     with pytest.raises(ValueError, match="none of the 1 samples has an instruction that is fulfilled"):
         evaluate_instructions(lambda *_: None, [idle])
+
+
+def test_the_script_puts_the_figures_into_its_file(episodes, tmp_path):
+    """A tiny model with random weights, which moves nothing as it is told."""
+    for name, content in sample_of(episodes[0], "tabletop", "val_combo", CLIPS[0], 0, "classic").items():
+        if name != "__key__":
+            (tmp_path / "clips").mkdir(exist_ok=True)
+            (tmp_path / "clips" / f"a.{name}").write_bytes(content)
+    settings = SETTINGS | dict(height=96, width=128, num_frames=FRAMES, num_inference_steps=1, max_sequence_length=48)
+    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **settings).save_pretrained(tmp_path / "model")
+    script = Path(__file__).parents[2] / "pipelines" / "evaluate_model.py"
+    runpy.run_path(str(script))["main"](
+        f"--model {tmp_path / 'model'} --data {tmp_path / 'clips'} --output {tmp_path / 'out.json'} --num_clips 1 "
+        "--conditioning_frames 1 --instructions --no_perceptual --device cpu".split()
+    )
+    figures = json.loads((tmp_path / "out.json").read_text())["clips"]["instructions"]
+    assert figures["truth"]["followed"]["mean"] == 1 and figures["copy_last_frame"]["followed"]["mean"] == 0
+    assert figures["model"]["followed"]["count"] == figures["swapped"]["followed"]["count"] == 1
+    assert figures["swapped"]["changed"]["mean"] > 0

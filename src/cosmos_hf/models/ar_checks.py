@@ -1,6 +1,7 @@
 """What a call of the autoregressive model must fulfil; refused by name before anything is computed."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache
 
 
@@ -15,7 +16,7 @@ def check_tokens(config, input_ids: torch.Tensor, name: str = "input_ids"):
     """Every token must be a code, or `<bov>` or padding where the config has such."""
     if input_ids.is_floating_point() or input_ids.ndim != 2:
         raise ValueError(f"{name} must be integers [B, S], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    if input_ids.is_meta or not input_ids.numel():
+    if input_ids.is_meta or isinstance(input_ids, FakeTensor) or not input_ids.numel():
         return
     special = {"<bov>": config.bov_token_id, "padding": config.pad_token_id}
     special = {kind: token for kind, token in special.items() if token is not None}

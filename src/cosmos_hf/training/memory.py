@@ -147,12 +147,12 @@ def _on_meta(name: str) -> nn.Module:
 
 def _step(transformer, latent_shape, batch_size: int, text_length: int, mixed: bool, precision: str) -> int:
     """Bytes that forward and backward hold at their worst moment, gradients of what learns among them."""
+    if precision != "float32":  # unpacked or not, a product sees weights in the precision of the computation
+        for name, layer in blocks_of(transformer).named_modules():
+            if isinstance(layer, nn.Linear) and ".lora_" not in name:
+                layer.to(torch.bfloat16 if mixed else torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = transformer.to_empty(device="cpu")
-        if precision != "float32":  # unpacked or not, a product sees weights in the precision of the computation
-            for name, layer in blocks_of(transformer).named_modules():
-                if isinstance(layer, nn.Linear) and ".lora_" not in name:
-                    layer.to(torch.bfloat16 if mixed else torch.float32)
         run = language_step if isinstance(transformer, ar_cosmos.CosmosARForCausalLM) else diffusion_step
 
         def step():
@@ -182,14 +182,13 @@ def diffusion_step(transformer, latent_shape, batch_size: int, text_length: int)
 
 
 def language_step(transformer, latent_shape, batch_size: int, text_length: int) -> torch.Tensor:
-    """A loss as the training of autoregressive models has it, from the embeddings of the codes on."""
+    """A loss as the training of autoregressive models has it."""
     config, given = transformer.config, {}
     length = config.num_positions(latent_shape)
     if config.cross_attention_dim is not None:
         given["encoder_hidden_states"] = torch.zeros(batch_size, text_length, config.cross_attention_dim)
     if config.action_dim is not None:
         given["actions"] = torch.zeros(batch_size, latent_shape[0], config.action_dim)
-    embeds = torch.zeros(batch_size, length, config.hidden_size)
-    states = transformer.model(inputs_embeds=embeds, latent_shape=latent_shape, use_cache=False, **given)
-    labels = torch.zeros(batch_size, length, dtype=torch.long)
-    return chunked_loss(transformer.lm_head, states.last_hidden_state, labels, config.z_loss_weight).total
+    tokens = torch.zeros(batch_size, length, dtype=torch.long)
+    states = transformer.model(tokens, latent_shape=latent_shape, use_cache=False, **given)
+    return chunked_loss(transformer.lm_head, states.last_hidden_state, tokens, config.z_loss_weight).total
