@@ -165,7 +165,7 @@ def test_chunked_decoding_takes_the_estimated_memory(tmp_path):
         told = estimate_memory(tmp_path, **size, preset=name, dtype=torch.float32).activations["vae"]
         # in a model as small as this, what convolutions take for themselves is a share of the whole
         assert told == pytest.approx(peaks[name] + latents.nbytes, rel=0.1), name
-    assert peaks["24gb"] < 0.7 * peaks["80gb"]
+    assert peaks["24gb"] < 0.8 * peaks["80gb"]
 
 
 @pytest.mark.parametrize(
