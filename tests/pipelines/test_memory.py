@@ -44,7 +44,7 @@ def test_presets_need_less_and_less(video2world, tmp_path):
     assert peaks["48gb"].stages["transformer"] >= peaks["24gb"].stages["transformer"]
     assert peaks["80gb"].activations == peaks["48gb"].activations
     assert "of it activations" in str(peaks["48gb"]) and "vae is on the device while it works" in str(peaks["48gb"])
-    assert estimate_memory(tmp_path, num_frames=17).activations["vae"] > 1.3 * peaks["80gb"].activations["vae"]
+    assert estimate_memory(tmp_path, num_frames=33).activations["vae"] > 1.5 * peaks["80gb"].activations["vae"]
 
 
 def test_published_sizes_without_a_download():

@@ -11,7 +11,7 @@ import torch
 
 # A block's input. Smaller blocks repeat the reordering of weights too often, larger ones leave the cache.
 CPU_BLOCK = 4 * 2**20
-BLOCK = 128 * 2**20  # on accelerators, which want more work at a time
+BLOCK = 32 * 2**20  # on accelerators, which want more work at a time
 
 
 def in_inference() -> bool:

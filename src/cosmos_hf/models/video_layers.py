@@ -90,8 +90,11 @@ class CausalConv3d(nn.Module):
 
         def convolve(x):
             x = F.pad(x, (0, 0, 1, 1, 1, 1))
-            parts = [self._over_space(x[:, :, i : i + height + 1, j : j + width + 1], w) for i, j, w in kernels]
-            return torch.stack([torch.stack(parts[:2], dim=4), torch.stack(parts[2:], dim=4)], dim=3)
+            y = [
+                self._over_space(x[:, :, i : i + height + 1, j : j + width + 1].contiguous(), w) for i, j, w in kernels
+            ]
+            y = [torch.stack(y[:2], dim=4), torch.stack(y[2:], dim=4)]
+            return torch.stack(y, dim=3)
 
         return by_frames(convolve, x, growth=4)
 

@@ -45,11 +45,11 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
     @property
     def views(self) -> tuple[str, ...] | None:
         """Names of the model's views: of the adapter that brought them, else the pipeline's own; None for a model of one view."""
-        count = self.transformer.config.num_views
-        told = [self._adapters[name][0].record.get("views") for name in self._present]
-        names = next((names for names in told if names), None) or self.config.views
+        count = getattr(self.transformer.config, "num_views", 1)  # autoregressive models have one
         if count == 1:
             return None
+        told = [self._adapters[name][0].record.get("views") for name in self._present]
+        names = next((names for names in told if names), None) or self.config.views
         if names is None and count == len(PUBLISHED_VIEWS):
             names = PUBLISHED_VIEWS
         if names is None:
