@@ -24,7 +24,7 @@ from diffusers import (
     CosmosVideoToWorldPipeline,
     EDMEulerScheduler,
 )
-from measuring import compare, gflop, in_new_process, keep, machine, peak_of, product_peak, show
+from measuring import compare, gflop, in_new_process, keep, machine, peak_of, product_peak, resident, show
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from cosmos_hf import CosmosVideo2WorldPipeline, CosmosWorldTransformer3D
@@ -154,6 +154,7 @@ def generate(pipe):
 def measure(who: str) -> float:
     """Peak MiB of a generation, weights not counted."""
     pipe = dict(zip(("ours", "theirs"), pipelines(), strict=True))[who]
+    resident(pipe.transformer, pipe.vae, pipe.text_encoder)
     return peak_of(lambda: generate(pipe))
 
 
