@@ -1,37 +1,64 @@
 """Reference tensors: tests/golden/<family>/<name>.safetensors, or the full set where COSMOS_HF_GOLDEN names its folder.
 
 The files in the tree are cut down to what the tests read. A test that needs more asks for `full=True` and is skipped without
-the full set.
+the full set. Of most models the tree holds a skeleton, without the megabytes of random weights: names, shapes, config and small
+tensors. Weights of those shapes take the place of the reference's, and a test that compares outputs (`outputs=True`) is skipped;
+`recorded_outputs` guards the numbers of those models.
 """
 
 import json
 import os
+import zlib
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 HERE = Path(__file__).parent / "golden"
 FULL = Path(os.environ["COSMOS_HF_GOLDEN"]) if os.environ.get("COSMOS_HF_GOLDEN") else None
+
+
+def normal(name: str, shape) -> torch.Tensor:
+    """Standard normal numbers that depend on the name and the shape alone: numpy's legacy generator never changes."""
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))).float()
 
 
 @cache
 def _open(path: Path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    for name, shape in json.loads(metadata.get("skeleton", "{}")).items():
+        fan_in = max(1, int(np.prod(shape[1:])))
+        tensors[name] = normal(name, shape) / fan_in**0.5
+    return tensors, metadata
 
 
-def golden(family: str, name: str, *, full: bool = False):
+def golden(family: str, name: str, *, full: bool = False, outputs: bool = False):
     """(tensors, metadata, config) of a fixture; tensors in a new dict, config None where the file has none."""
     path = FULL / family / f"{name}.safetensors" if FULL else HERE / family / f"{name}.safetensors"
-    if full and not FULL:
-        pytest.skip("needs the full fixtures: set COSMOS_HF_GOLDEN to their folder")
     if not full and not path.exists():
         path = HERE / family / f"{name}.safetensors"
+    if full and not FULL:
+        pytest.skip("needs the full fixtures: set COSMOS_HF_GOLDEN to their folder")
     tensors, metadata = _open(path)
+    if outputs and "skeleton" in metadata:
+        pytest.skip("needs the reference's weights: set COSMOS_HF_GOLDEN to the folder of the full fixtures")
     return dict(tensors), metadata, json.loads(metadata["config"]) if "config" in metadata else None
+
+
+def make_skeleton(path: Path, largest: int = 4096):
+    """Replace the file of a fixture by its skeleton: weights of more than `largest` bytes become shapes, outputs go."""
+    tensors, metadata = _open(path)
+    state = {key: value for key, value in tensors.items() if key.startswith("weights.")}
+    big = {key: list(value.shape) for key, value in state.items() if value.nbytes > largest}
+    integers = {key: value for key, value in tensors.items() if value.dtype == torch.long}
+    kept = {key: value for key, value in (state | integers).items() if key not in big}
+    save_file(kept, path, metadata | {"skeleton": json.dumps(big)})
 
 
 def golden_json(*parts: str):

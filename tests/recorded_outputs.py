@@ -7,7 +7,6 @@ that a file of a few kilobytes guards the kinds whose fixtures are not in the tr
 """
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,11 @@ from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.autoencoder_cosmos_image import CosmosImageTokenizer
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
-from golden_files import FULL, golden, weights
+from golden_files import FULL, golden, normal, weights
 
 FILE = Path(__file__).parent / "golden" / "recorded.json"
 CLASSES = {c.__name__: c for c in (CosmosVideoTokenizer, CosmosImageTokenizer, CosmosWorldTransformer3D)}
 KEPT = 24  # numbers of each output
-
-
-def normal(name: str, shape) -> torch.Tensor:
-    """Standard normal numbers that depend on the name and the shape alone."""
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))).float()
 
 
 def fill(model: nn.Module) -> nn.Module:

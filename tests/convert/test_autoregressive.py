@@ -29,6 +29,12 @@ def close(actual, expected, tolerance=3e-5):
 
 @pytest.fixture(scope="module")
 def base():
+    return load("ar_base_4b", outputs=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """Of the reference's names and shapes; the numbers do not matter."""
     return load("ar_base_4b")
 
 
@@ -163,8 +169,8 @@ def test_generation(name, base):
 
 @pytest.mark.parametrize("name", ["ar_base_4b", "ar_cross_5b"])
 def test_training_loss_and_gradients(name):
-    tensors, metadata, _ = golden("autoregressive", f"train_loss_{name}", full=name != "ar_base_4b")
-    model, *_ = load(name, full=name != "ar_base_4b")
+    tensors, metadata, _ = golden("autoregressive", f"train_loss_{name}", full=True)
+    model, *_ = load(name, full=True)
     given = ignored_tokens(model.config, (5, 4, 6), condition_frames=1, as_reference=True)
     labels = tensors["tokens"].clone()
     labels[:, :given] = IGNORED
@@ -220,8 +226,8 @@ def split(state):
     return halves
 
 
-def test_shards_are_joined(base):
-    _, tensors, metadata, config = base
+def test_shards_are_joined(checkpoint):
+    _, tensors, metadata, config = checkpoint
     state = weights(tensors)
     shards = split(state)
     shards[1]["layers.0.attention._extra_state"] = torch.zeros(0)
@@ -234,8 +240,8 @@ def test_shards_are_joined(base):
         join_shards(shards)
 
 
-def test_fused_names_of_transformer_engine(base):
-    model, tensors, _, config = base
+def test_fused_names_of_transformer_engine(checkpoint):
+    model, tensors, _, config = checkpoint
     state = weights(tensors)
     for i in range(4):
         layer = f"layers.{i}."
@@ -253,8 +259,8 @@ def test_fused_names_of_transformer_engine(base):
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
 
 
-def test_wrong_checkpoints_are_refused(base):
-    _, tensors, _, config = base
+def test_wrong_checkpoints_are_refused(checkpoint):
+    _, tensors, _, config = checkpoint
     state = weights(tensors)
 
     def refused(message, state=state, kind=None, **changes):

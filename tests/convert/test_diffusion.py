@@ -14,7 +14,7 @@ FILES = {"t2w": ("t2w_7b_tiny", "GeneralDIT"), "v2w": ("v2w_7b_tiny", "VideoExte
 
 def load(kind, **changes):
     name, class_name = FILES[kind]
-    tensors, _, config = golden("diffusion", name)
+    tensors, _, config = golden("diffusion", name, outputs=True)
     return load_original(class_name, {**config, **changes}, weights(tensors)), tensors
 
 

@@ -20,15 +20,15 @@ if FULL:
     )
 
 
-def load(name):
-    tensors, metadata, config = golden("tokenizers", name)
+def load(name, **more):
+    tensors, metadata, config = golden("tokenizers", name, **more)
     class_name = metadata["cls"].rsplit(".", 1)[-1]
     return tensors, class_name, config
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parity(name):
-    tensors, class_name, config = load(name)
+    tensors, class_name, config = load(name, outputs=True)
     model = load_original(class_name, config, weights(tensors))
     assert not model.training and model.dtype == torch.float32
     for case in sorted(key.removeprefix("input") for key in tensors if key.startswith("input")):
