@@ -29,7 +29,7 @@ from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.shards import sample_of
 from cosmos_hf.worlds.tabletop import simulate
 
-FRAMES, CLIPS = 17, (0, 3, 5)  # of val_combo: a push away, a pick, a push to the left beside two other objects
+FRAMES, CLIPS = 17, (13, 6, 5)  # of val_combo: a push to the camera, a pick, a push to the left beside two other objects
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,8 @@ def test_objects_are_found_where_the_simulator_has_them(samples):
         assert paths.shape == (len(object_names(sample)), FRAMES, 2)
         for i, path in enumerate(paths):
             y, x = torch.nonzero(sample["masks"][-1] == 2 + i, as_tuple=True)
+            if not len(x):  # hidden in the end
+                continue
             place = torch.stack([x.float().mean(), y.float().mean()]) + 0.5
             assert (path[-1] - place).norm() < 3, (sample["caption"], i)
 

@@ -136,7 +136,7 @@ class PairedDataset(Dataset):
     """
 
     def __init__(self, latents: LatentDataset, codes: LatentDataset, grid: CodeGrid, frames: int = 0):
-        names = [[[path.name for path in clip] for clip in part.windows] for part in (latents, codes)]
+        names = [[[path.name for path, *_ in clip] for clip in part.windows] for part in (latents, codes)]
         if names[0] != names[1]:
             raise ValueError(
                 "the two tokenizers did not code the same windows: a clip is broken for one of them only (the log names it)"
