@@ -51,13 +51,16 @@ def golden(family: str, name: str, *, full: bool = False, outputs: bool = False)
     return dict(tensors), metadata, json.loads(metadata["config"]) if "config" in metadata else None
 
 
-def make_skeleton(path: Path, largest: int = 4096):
-    """Replace the file of a fixture by its skeleton: weights of more than `largest` bytes become shapes, outputs go."""
+def make_skeleton(path: Path, largest: int = 4096, keep: tuple[str, ...] = ()):
+    """Replace the file of a fixture by its skeleton: weights of more than `largest` bytes become shapes, outputs go.
+
+    `keep`: beginnings of the names of what does not depend on the weights.
+    """
     tensors, metadata = _open(path)
     state = {key: value for key, value in tensors.items() if key.startswith("weights.")}
     big = {key: list(value.shape) for key, value in state.items() if value.nbytes > largest}
-    integers = {key: value for key, value in tensors.items() if value.dtype == torch.long}
-    kept = {key: value for key, value in (state | integers).items() if key not in big}
+    others = {k: v for k, v in tensors.items() if v.dtype == torch.long or k.startswith(("weights.", *keep))}
+    kept = {key: value for key, value in others.items() if key not in big}
     save_file(kept, path, metadata | {"skeleton": json.dumps(big)})
 
 

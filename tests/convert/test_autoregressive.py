@@ -58,7 +58,7 @@ def test_prefill_and_cached_decoding(base):
 @pytest.mark.parametrize("prefix", ["", "masked."])
 def test_a_layer_with_everything(prefix):
     """YaRN, absolute embedding, cross-attention with and without mask, `<bov>`."""
-    model, tensors, metadata, _ = load("ar_cross_yarn_13b")
+    model, tensors, metadata, _ = load("ar_cross_yarn_13b", outputs=True)
     mask = tensors["context_mask"] if prefix else None
     out = model(
         tensors["tokens"][:, : int(metadata["prefill_len"])],

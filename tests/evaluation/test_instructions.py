@@ -29,7 +29,10 @@ from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.shards import sample_of
 from cosmos_hf.worlds.tabletop import simulate
 
-FRAMES, CLIPS = 17, (13, 6, 5)  # of val_combo: a push to the camera, a pick, a push to the left beside two other objects
+FRAMES, CLIPS = (
+    17,
+    (13, 6, 5),
+)  # of val_combo: a push to the camera, a pick, a push to the left beside two other objects
 
 
 @pytest.fixture(scope="module")
