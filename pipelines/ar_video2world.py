@@ -1,16 +1,17 @@
 """Continue an image or a video with an autoregressive model.
 
+    python pipelines/ar_video2world.py --input robot.mp4
     python pipelines/ar_video2world.py --model cosmos-5b --input robot.mp4 --prompt "A robot arm picks up the red cube."
 
-The input is treated as in `video2world.py`. Videos longer than the model's grid are made by sliding windows over the codes. A model
-that has a diffusion decoder decodes with it.
+The bundled nano model, which is the default, takes no prompt. The input is treated as in `video2world.py`. Videos longer than the
+model's grid are made by sliding windows over the codes. A model that has a diffusion decoder decodes with it.
 """
 
 import argparse
 
 import torch
 
-from cosmos_hf import CosmosAutoregressivePipeline
+from cosmos_hf import CosmosAutoregressivePipeline, nano_path
 from cosmos_hf.data.video import IMAGE_SUFFIXES
 from cosmos_hf.pipelines.scripting import report, save_result
 
@@ -20,7 +21,7 @@ NUMBERS = ("fps", "temperature", "top_p")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    parser.add_argument("--model", default=nano_path("autoregressive"), help="folder or Hub id of a pipeline")
     parser.add_argument("--input", required=True, help="image or video file")
     parser.add_argument("--prompt")
     parser.add_argument("--output", default="outputs/world.mp4")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cosmos_hf import nano_path
 from cosmos_hf.data.video import read_video, to_float, write_video
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
@@ -213,3 +214,23 @@ def test_save_and_load_in_a_fresh_process_and_the_script(with_text, plain, tmp_p
     assert read_video(tmp_path / "out.mp4").frames.shape == (3, 13, 32, 32)
     with pytest.raises(SystemExit):
         main([*arguments, "--num_frames", "12"])
+
+
+# ---- the bundled model ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_bundled_model_knows_its_world():
+    """The codes of a held-out clip are far likelier than chance (1 in 4375), and its future looks like the clip, not like noise."""
+    pipe = CosmosAutoregressivePipeline.from_pretrained(nano_path("autoregressive"))
+    assert pipe.transformer.dtype == torch.float32
+    video = read_video(f"{nano_path('autoregressive')}/example.mp4").frames
+    codes = pipe.vae.encode(to_float(video)[None]).indices
+    grid, first = tuple(codes.shape[1:]), codes[0, 0].numel()
+    labels = codes.flatten(1).clone()
+    labels[:, :first] = -100
+    loss = pipe.transformer(codes.flatten(1), labels=labels, latent_shape=grid).loss
+    assert loss.exp() < 40
+    future = pipe(video=video[:, :1], generator=torch.Generator().manual_seed(0), output_type="pt").frames[0]
+    error = (future.transpose(0, 1) - video / 255).square().mean()
+    assert future.shape[0] == 17 and -10 * error.log10() > 14

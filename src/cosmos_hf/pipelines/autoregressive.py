@@ -91,8 +91,13 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As of every diffusers pipeline; a diffusion decoder gets the same dtype. `diffusion_decoder=None` leaves it out."""
+        """As of every diffusers pipeline; a diffusion decoder gets the same dtype. `diffusion_decoder=None` leaves it out.
+
+        Without `torch_dtype` everything is float32; transformers alone would take the dtype of the stored weights.
+        """
         place, name = Path(pretrained_model_name_or_path), "diffusion_decoder"
+        if "dtype" not in kwargs:
+            kwargs.setdefault("torch_dtype", torch.float32)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default"))
