@@ -7,7 +7,7 @@ the prompt and the clip's index as the seed, against "copy the last frame" and "
 model is a diffusion or an autoregressive one; of an autoregressive one also the perplexity of the true codes is given.
 `--instructions` asks of clips of the table-top world with one frame given whether the right object moves the right way, also
 with another instruction for the same frame. `--adapter` loads what training/posttrain.py made; actions and cameras that it takes
-are those of the clips.
+are those of the clips, and for comparison ("exchanged") those of other clips.
 """
 
 import argparse
@@ -72,6 +72,12 @@ def main(argv=None):
                 entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
                 if isinstance(pipe, CosmosAutoregressivePipeline):
                     entry[f"from_{count}_frames"]["perplexity"] = perplexity(pipe, samples, count)
+                if names := conditions_of(pipe):
+                    others = [
+                        sample | {name: samples[i - 1][name] for name in names} for i, sample in enumerate(samples)
+                    ]
+                    sheet = sheet.with_name(f"{sheet.stem}-exchanged.png")
+                    entry[f"from_{count}_frames"]["exchanged"] = futures(pipe, others, count, args, sheet)["model"]
             if args.instructions:
                 entry["instructions"] = evaluate_instructions(partial(future, pipe, args, 1), samples)
             figures[Path(path).name] = entry
@@ -145,7 +151,7 @@ def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> tor
     else:
         options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     takes_text = pipe.text_encoder is not None
-    conditions = {name: sample[name] for name in ("actions", "camera") if name in pipe.transformer.conditions}
+    conditions = {name: sample[name] for name in conditions_of(pipe)}
     result = pipe(
         video=sample["video"][:, :count],
         prompt=caption if takes_text else None,
@@ -156,6 +162,11 @@ def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> tor
         **conditions,
     )
     return result.frames[0].transpose(0, 1).float().cpu() * 2 - 1
+
+
+def conditions_of(pipe) -> list[str]:
+    """The arrays of a sample that the model takes."""
+    return [name for name in ("actions", "camera") if name in pipe.transformer.conditions]
 
 
 def sample_set(samples: list[dict]) -> str:
