@@ -10,8 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.data.video import IMAGE_SUFFIXES, read_video
 from cosmos_hf.pipelines.rollout import HISTORIES, rollout
@@ -19,6 +17,7 @@ from cosmos_hf.pipelines.scripting import (
     SAMPLING,
     add_generation_arguments,
     file_checksum,
+    load_pipeline,
     provenance,
     report,
 )
@@ -44,9 +43,7 @@ def main(argv=None):
         for name in ("resolution", "upsampler", "preview"):
             if getattr(args, name):
                 raise ValueError(f"--{name} is not for long worlds")
-        pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
-            args.device
-        )
+        pipe = load_pipeline(CosmosVideo2WorldPipeline, args)
         source, metadata = {}, provenance(args, pipe) | dict(script="rollout_world")
         if args.input:
             source["image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"] = args.input

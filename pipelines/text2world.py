@@ -6,14 +6,13 @@ python pipelines/text2world.py --batch prompts.jsonl --output outputs/worlds
 
 import argparse
 
-import torch
-
 from cosmos_hf import CosmosText2WorldPipeline, nano_path
 from cosmos_hf.pipelines.prompt_upsampler import upsample_argument
 from cosmos_hf.pipelines.scripting import (
     add_batch_argument,
     add_generation_arguments,
     call_arguments,
+    load_pipeline,
     preview_arguments,
     report,
     run_batch,
@@ -29,9 +28,7 @@ def main(argv=None):
     with report(parser):
         if not args.prompt and not args.batch:
             raise ValueError("--prompt is needed")
-        pipe = CosmosText2WorldPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
-            args.device
-        )
+        pipe = load_pipeline(CosmosText2WorldPipeline, args)
 
         def make(args):
             prompts = upsample_argument(args)

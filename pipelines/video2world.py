@@ -10,8 +10,6 @@ carries the settings; pipelines/reproduce.py makes it again.
 
 import argparse
 
-import torch
-
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.data.video import FITS, IMAGE_SUFFIXES
 from cosmos_hf.pipelines.prompt_upsampler import upsample_argument
@@ -20,6 +18,7 @@ from cosmos_hf.pipelines.scripting import (
     add_generation_arguments,
     call_arguments,
     file_checksum,
+    load_pipeline,
     preview_arguments,
     report,
     run_batch,
@@ -38,9 +37,7 @@ def main(argv=None):
     with report(parser):
         if not args.input and not args.batch:
             raise ValueError("--input is needed")
-        pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
-            args.device
-        )
+        pipe = load_pipeline(CosmosVideo2WorldPipeline, args)
 
         def make(args):
             if not args.input:

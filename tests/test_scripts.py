@@ -463,3 +463,13 @@ def test_convert_diffusion_says_what_is_missing(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run("convert_diffusion", tmp_path / "model.pt", "--output", tmp_path / "out", *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_preset_and_a_storage_from_the_shell(tmp_path, caplog):
+    """On a processor the preset decodes in chunks and says what it leaves out; the mp4 is made again with the same storage."""
+    out = tmp_path / "world.mp4"
+    size = ("--num_inference_steps", 2, "--num_frames", 9, "--device", "cpu")
+    run("video2world", "--input", EXAMPLE, *size, "--preset", "24gb", "--storage", "float8", "--output", out)
+    assert "there is no accelerator" in caplog.text
+    assert read_metadata(out)["settings"]["storage"] == "float8"
+    run("reproduce", out, "--output", tmp_path / "again.mp4")

@@ -17,11 +17,21 @@ from ..data.video import contact_sheet, read_metadata, write_video
 from ..schedulers.exponential_solvers import SOLVERS
 from ..schedulers.scheduling_edm_cosmos import GRIDS
 from .buckets import RATIOS
+from .presets import PRESETS, STORAGES
 from .preview import fit_latent_preview
 
 # Arguments that say where and with what to run, not what to make.
-PLACES = ("output", "device", "batch", "preview")
-FIXED = ("model", "dtype", "device", "batch", "upsampler", "upsampler_4bit")  # the same for all items of a batch
+PLACES = ("output", "device", "preset", "batch", "preview")
+FIXED = (
+    "model",
+    "dtype",
+    "device",
+    "preset",
+    "storage",
+    "batch",
+    "upsampler",
+    "upsampler_4bit",
+)  # the same for all items of a batch
 SAMPLING = ("solver", "grid", "guidance_interval", "guidance_rescale", "batch_guidance")
 CALL = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "fps", "guidance_scale")
 
@@ -53,6 +63,19 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str):
     parser.add_argument("--preview", help="png that shows the video in small after every step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="bring the weights to the device as one of this size needs it"
+    )
+    parser.add_argument("--storage", choices=STORAGES, help="keep the transformer's weights smaller: an approximation")
+
+
+def load_pipeline(pipeline_class, args: argparse.Namespace):
+    """The pipeline of `--model` on `--device`, or as `--preset` places it."""
+    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), storage=args.storage)
+    if args.preset is None:
+        return pipe.to(args.device)
+    pipe.apply_preset(args.preset, args.device)
+    return pipe
 
 
 def add_batch_argument(parser: argparse.ArgumentParser):
