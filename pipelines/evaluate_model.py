@@ -7,7 +7,7 @@ the prompt and the clip's index as the seed, against "copy the last frame" and "
 model is a diffusion or an autoregressive one; of an autoregressive one also the perplexity of the true codes is given.
 `--instructions` asks of clips of the table-top world with one frame given whether the right object moves the right way, also
 with another instruction for the same frame. `--adapter` loads what training/posttrain.py made; actions and cameras that it takes
-are those of the clips, and for comparison ("exchanged") those of other clips.
+are those of the clips, and for comparison ("exchanged", with two clips or more) others'.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(argv=None):
                 entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
                 if isinstance(pipe, CosmosAutoregressivePipeline):
                     entry[f"from_{count}_frames"]["perplexity"] = perplexity(pipe, samples, count)
-                if names := conditions_of(pipe):
+                if len(samples) > 1 and (names := conditions_of(pipe)):
                     others = [
                         sample | {name: samples[i - 1][name] for name in names} for i, sample in enumerate(samples)
                     ]

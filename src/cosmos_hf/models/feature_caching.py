@@ -1,6 +1,6 @@
 """Feature caching by diffusers' hooks: steps of a generation that reuse what the blocks computed in earlier ones.
 
-Off unless `enable_cache` is called. It is an approximation, whose price `benchmarks/caching.py` measures.
+Off unless `enable_cache` is called. It is an approximation, whose price `benchmarks/shortcuts.py` measures.
 """
 
 import re

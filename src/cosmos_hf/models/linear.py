@@ -28,7 +28,7 @@ def blas_is_slow() -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., I] times weight [O, I], as `torch.nn.functional.linear`."""
+    """x [..., I] times weight [O, I], plus bias [O] -> [..., O], as `torch.nn.functional.linear`."""
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
     plain = plain or type(weight) not in _DENSE or torch.jit.is_tracing()
     if plain or not blas_is_slow() or torch.is_autocast_enabled("cpu") or x.numel() <= FEW_ROWS * x.shape[-1]:

@@ -64,18 +64,23 @@ class ConditionedLoss(DiffusionLoss):
         `error_ratio_<name>`: denoising error with the wrong condition over that with the right one; above 1 where it is of use.
         NaN for a single sample. Leaves the random generators as they are.
         """
-        figures, size = {}, len(batch["latents"])
+        figures, size, counts = {}, len(batch["latents"]), self.equal_counts(batch, 1)
+        first_given = None  # the same for all conditions but views
         for name in self.config.conditions:
-            counts, exchanged = self.equal_counts(batch, 1), batch[INPUTS[name]].roll(1, 0)
+            exchanged = batch[INPUTS[name]].roll(1, 0)
             if name == "views":
                 if counts is None:
                     continue  # no frames can be given to the network
                 frames = batch["latents"].shape[2] // self.num_views(batch)
-                counts = counts * 0
-                counts[:, 0] = frames
+                given = counts * 0
+                given[:, 0] = frames
                 exchanged = torch.cat([exchanged[:, :, :frames], batch["latents"][:, :, frames:]], dim=2)
-            right, output = self._evaluate(model, batch, counts)
-            wrong, other = self._evaluate(model, batch | {INPUTS[name]: exchanged}, counts)
+                right, output = self._evaluate(model, batch, given)
+            else:
+                given = counts
+                first_given = first_given or self._evaluate(model, batch, given)
+                right, output = first_given
+            wrong, other = self._evaluate(model, batch | {INPUTS[name]: exchanged}, given)
             change = (other - output).square().mean().sqrt() / output.square().mean().sqrt()
             figures[f"sensitivity_{name}"] = float(change) if size > 1 else float("nan")
             figures[f"error_ratio_{name}"] = float(wrong / right) if size > 1 else float("nan")
