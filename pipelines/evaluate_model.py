@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, nano_path
-from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
 from cosmos_hf.evaluation.instructions import evaluate_instructions
 from cosmos_hf.evaluation.perceptual import PerceptualDistance
@@ -59,7 +59,7 @@ def main(argv=None):
             pipe.load_lora_weights(args.adapter)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, pipe)}
-        for path in args.data:
+        for name, path in zip(data_names(args.data), args.data, strict=True):
             clips = ClipDataset(path, num_frames=pipe.config.num_frames, random=False)
             samples = [clips[i] for i in range(min(args.num_clips, len(clips)))]
             entry = {
@@ -68,19 +68,17 @@ def main(argv=None):
                 ]
             }
             for count in args.conditioning_frames:
-                sheet = Path(args.output).with_suffix("") / f"{Path(path).name}-{count}.png"
+                sheet = Path(args.output).with_suffix("") / f"{name.replace('/', '-')}-{count}.png"
                 entry[f"from_{count}_frames"] = futures(pipe, samples, count, args, sheet)
                 if isinstance(pipe, CosmosAutoregressivePipeline):
                     entry[f"from_{count}_frames"]["perplexity"] = perplexity(pipe, samples, count)
-                if len(samples) > 1 and (names := conditions_of(pipe)):
-                    others = [
-                        sample | {name: samples[i - 1][name] for name in names} for i, sample in enumerate(samples)
-                    ]
+                if len(samples) > 1 and (given := conditions_of(pipe)):
+                    others = [sample | {key: samples[i - 1][key] for key in given} for i, sample in enumerate(samples)]
                     sheet = sheet.with_name(f"{sheet.stem}-exchanged.png")
                     entry[f"from_{count}_frames"]["exchanged"] = futures(pipe, others, count, args, sheet)["model"]
             if args.instructions:
                 entry["instructions"] = evaluate_instructions(partial(future, pipe, args, 1), samples)
-            figures[Path(path).name] = entry
+            figures[name] = entry
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
     print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cosmos_hf import nano_path
-from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.pictures import PictureDataset, find_pictures
 from cosmos_hf.data.real_media import write_real_set
 from cosmos_hf.evaluation.codes import counting_codes
@@ -56,7 +56,7 @@ def main(argv=None):
         extractors = load_extractors(args)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, tokenizer)}
-        for name, path in [(Path(path).name, path) for path in args.data] + real_sets(args, scratch):
+        for name, path in [*zip(data_names(args.data), args.data, strict=True), *real_sets(args, scratch)]:
             clips = tqdm(open_set(path, args, tokenizer), desc=name, unit="clip", disable=args.no_progress)
             with counting_codes(tokenizer) as codes:
                 figures[name] = evaluate_reconstruction(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cosmos_hf import CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.conditioning.camera import CameraPath
 from cosmos_hf.conditioning.trajectory import trajectory_points
-from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
 from cosmos_hf.evaluation.multiview import score_geometry, score_pictures, summarise_views
 from cosmos_hf.pipelines.scripting import provenance, report
@@ -49,50 +49,50 @@ def main(argv=None):
             pipe.load_lora_weights(args.adapter)
         pipe.set_progress_bar_config(disable=True)
         figures = {"made_by": provenance(args, pipe)}
-        for path in args.data:
-            entry = evaluate_set(pipe, path, args)
-            figures[Path(path).name] = {name: summarise_views(scores) for name, scores in entry.items() if scores}
+        for name, path in zip(data_names(args.data), args.data, strict=True):
+            entry = evaluate_set(pipe, name, path, args)
+            figures[name] = {kind: summarise_views(scores) for kind, scores in entry.items() if scores}
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
     print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")
 
 
-def evaluate_set(pipe, path: str, args) -> dict[str, list[dict]]:
+def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
     """Scores of every clip by what they are of."""
-    settings = {name: pipe.trained_settings.get(name, pipe.config[name]) for name in ("height", "width", "num_frames")}
+    settings = {key: pipe.trained_settings.get(key, pipe.config[key]) for key in ("height", "width", "num_frames")}
     size = settings["height"], settings["width"]
     views = tuple(args.views or pipe.views or ())
     clips = ClipDataset(path, num_frames=settings["num_frames"], size=size, random=False, views=views or None)
-    names = ("truth", "reconstruction", *args.given, *(f"base_{given}" for given in args.given if given == "frames"))
-    entry, rows = {name: [] for name in names}, {}
+    kinds = ("truth", "reconstruction", *args.given, *(f"base_{given}" for given in args.given if given == "frames"))
+    entry, rows = {kind: [] for kind in kinds}, {}
     base = None
     if args.compare_base:
         base = CosmosVideo2WorldPipeline.from_pretrained(args.model).to(args.device)
         base.set_progress_bar_config(disable=True)
-    for seed in tqdm(range(min(args.num_clips, len(clips))), desc=Path(path).name, unit="clip"):
+    for seed in tqdm(range(min(args.num_clips, len(clips))), desc=name, unit="clip"):
         sample = clips[seed]
         made = {"truth": to_float(sample["video"]), "reconstruction": reconstruct(pipe, sample["video"])}
         for given in () if args.truth_only else args.given:
             made[given] = generate(pipe, sample, views, given, seed, args)
             if base is not None and given == "frames":
                 made[f"base_{given}"] = torch.stack([alone(base, sample, v, seed, args) for v in range(len(views))])
-        for name, videos in made.items():
-            entry[name].append(score(videos, sample, name))
+        for kind, videos in made.items():
+            entry[kind].append(score(videos, sample, kind))
             if seed == 0:
-                rows |= {f"{name}: {view}": to_uint8(video)[:, ::4] for view, video in zip(views, videos, strict=True)}
-    sheet = Path(args.output).with_suffix("") / f"{Path(path).name}.png"
+                rows |= {f"{kind}: {view}": to_uint8(video)[:, ::4] for view, video in zip(views, videos, strict=True)}
+    sheet = Path(args.output).with_suffix("") / f"{name.replace('/', '-')}.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows).save(sheet)
     return entry
 
 
-def score(videos: torch.Tensor, sample: dict, name: str) -> dict:
+def score(videos: torch.Tensor, sample: dict, kind: str) -> dict:
     camera, frames = sample["camera"], videos.shape[2]
     pictures = to_uint8(videos).permute(0, 2, 3, 4, 1).numpy()
     figures = {"geometry": score_geometry(pictures, camera["intrinsics"], camera["extrinsics"])}
-    if name != "truth":
-        given = [0] * len(videos) if name == "reconstruction" else [1] * len(videos)
-        given = [frames] + [0] * (len(videos) - 1) if name == "view" else given
+    if kind != "truth":
+        given = [0] * len(videos) if kind == "reconstruction" else [1] * len(videos)
+        given = [frames] + [0] * (len(videos) - 1) if kind == "view" else given
         figures["psnr"] = score_pictures(videos, to_float(sample["video"]), given)
     return figures
 

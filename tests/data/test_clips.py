@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cosmos_hf.data.clips import ClipDataset, ResumableSampler, StreamedClips, collate_clips, open_clips
+from cosmos_hf.data.clips import ClipDataset, StreamedClips, collate_clips, data_names, open_clips
+from cosmos_hf.data.sampling import ResumableSampler
 from cosmos_hf.data.video import write_video
 
 FRAMES = 6
@@ -160,6 +161,38 @@ def test_processes_share_the_order():
         ResumableSampler(7, rank=2, world_size=2)
     with pytest.raises(ValueError, match="empty"):
         ResumableSampler(0)
+
+
+def test_batches_are_of_one_kind():
+    kinds = ["wide"] * 7 + ["high"] * 6
+    share = dict(seed=3, kinds=kinds, batch_size=2, world_size=2)
+    ranks = [[i for i, _ in itertools.islice(ResumableSampler(13, rank=rank, **share), 24)] for rank in range(2)]
+    for batches in zip(*map(pairs, ranks), strict=True):
+        assert len({kinds[i] for batch in batches for i in batch}) == 1
+    epochs = [set(ranks[0][i : i + 4] + ranks[1][i : i + 4]) for i in range(0, 24, 4)]
+    assert all(len(epoch) == 8 for epoch in epochs) and set().union(*epochs) == set(range(13))
+    resumed = itertools.islice(ResumableSampler(13, rank=1, start=12, **share), 6)
+    assert [i for i, _ in resumed] == ranks[1][6:12]
+    with pytest.raises(ValueError, match="6 samples are of the kind high, and 7"):
+        ResumableSampler(13, kinds=kinds, batch_size=7)
+    alike = ResumableSampler(7, seed=3, kinds=["wide"] * 7, batch_size=2)
+    assert list(itertools.islice(alike, 9)) == list(itertools.islice(ResumableSampler(7, seed=3), 9))
+
+
+def pairs(items):
+    return [items[i : i + 2] for i in range(0, len(items), 2)]
+
+
+def test_names_tell_data_sets_apart():
+    assert data_names(["a/val_iid", "a/val_view"]) == ["val_iid", "val_view"]
+    assert data_names(["rooms/val_iid", "tabletop/val_iid", "x/rooms/val"]) == [
+        "rooms/val_iid",
+        "tabletop/val_iid",
+        "rooms/val",
+    ]
+    assert data_names([]) == []
+    with pytest.raises(ValueError, match="twice"):
+        data_names(["rooms/val", "rooms/val"])
 
 
 def test_batches_are_the_same_from_workers(shards):

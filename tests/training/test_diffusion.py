@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cosmos_hf.data.clips import ClipDataset
+from cosmos_hf.data.video import write_video
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.training.diffusion import (
     DiffusionConfig,
@@ -79,6 +80,28 @@ def test_loss_falls_on_one_batch_and_every_part_learns(make):
     assert history[-1] < 0.6 * history[0]
     idle = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not idle, f"no gradient reaches {idle}"
+
+
+def test_clips_of_several_sizes_train_together(make, clips, tmp_path):
+    """Batches are of one size; the figures of validation sets of one name keep apart."""
+    other = tmp_path / "wide" / Path(clips).name
+    other.mkdir(parents=True)
+    for i in range(3):
+        write_video(other / f"clip{i}.mp4", torch.full((3, 9, 32, 48), 60 * i, dtype=torch.uint8), 5)
+        (other / f"clip{i}.txt").write_text("A grey wall.")
+    config = make(data=[str(clips), str(other)], val_data=[str(clips), str(other)], max_steps=6)
+    model, loss, data, texts, validation = assemble(config)
+    assert len(set(data.shapes)) == 2 and len(data.shapes) == len(data)
+    seen = []
+
+    def noting(model, batch):
+        seen.append(tuple(batch["latents"].shape[3:]))
+        return loss(model, batch)
+
+    fit(model, noting, data, config, texts.collate, export=lambda model, folder: None)
+    assert len(set(seen)) == 2
+    figures = validate(model, loss, texts, validation, 3)
+    assert len(validation) == 2 and len(figures) == 4
 
 
 def test_resume_is_exact(make, tmp_path):

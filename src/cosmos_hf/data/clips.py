@@ -14,12 +14,12 @@ import random
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset
 
 from .annotated import BridgeClips, annotation_folder, tables_beside
 from .samples import VIDEO_SUFFIXES, SampleReader
@@ -205,6 +205,21 @@ class ClipDataset(Dataset):
         return [self.reader.text(source.read(key), key)[0] for source, key in self._items]
 
 
+def data_names(paths: Sequence[str | Path]) -> list[str]:
+    """Short names of data sets: the ends of their paths, as long as it takes to tell them apart.
+
+    Raises ValueError where a path is given twice.
+    """
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    if paths:
+        raise ValueError(f"a data set is named twice: {', '.join(paths)}")
+    return []
+
+
 class StreamedClips(IterableDataset):
     """One pass over shards that lie elsewhere (any URL of the webdataset library, such as https://...), without random access.
 
@@ -282,30 +297,3 @@ def collate_clips(samples: list[dict | None]) -> dict:
         else:
             batch[name] = values
     return batch
-
-
-class ResumableSampler(Sampler):
-    """An endless sequence of (index, draw), from any position on: position p is the same sample in every run.
-
-    Position p lies in epoch p // n, a permutation by (seed, epoch). Process `rank` of `world_size` takes every
-    `world_size`-th position, so together the processes see what one would. To resume, start at the number of samples
-    that all processes have consumed. Give it to a plain DataLoader and leave that out of `accelerator.prepare`, which would
-    share the samples out a second time.
-    """
-
-    def __init__(self, length: int, seed: int = 0, start: int = 0, rank: int = 0, world_size: int = 1):
-        if length < 1:
-            raise ValueError("the data set is empty")
-        if not 0 <= rank < world_size or start < 0:
-            raise ValueError(f"need 0 <= rank < world_size and start >= 0, got {rank}, {world_size} and {start}")
-        self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order, position = -1, None, self.start + self.rank
-        while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            draw = int(np.random.default_rng([self.seed, 1, position]).integers(2**31))
-            yield int(order[position % self.length]), draw
-            position += self.world_size

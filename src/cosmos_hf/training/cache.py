@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,11 @@ class LatentDataset(Dataset):
         more = dict(random=False, arrays=self.arrays[:count], view_captions=texts, views=self.views)
         return LatentDataset(*(part[:count] for part in parts), **more)
 
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of every clip's latents, or indices, from the heads of the files: batches are made of clips of one shape."""
+        return [_shape(next(iter(windows))) for windows in self.windows]
+
     @property
     def texts(self) -> list[str]:
         """Every text that a sample may come with."""
@@ -103,6 +109,11 @@ class LatentDataset(Dataset):
             sample |= {"views": list(self.views), "view_captions": self.view_captions[index]}
         window_arrays(sample, window)
         return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]} | sample
+
+
+def _shape(paths: tuple[Path, ...]) -> tuple[int, ...]:
+    with safe_open(paths[0], "pt") as file:
+        return tuple(file.get_slice(next(iter(file.keys()))).get_shape())
 
 
 def _read_window(path: Path) -> tuple[dict[str, torch.Tensor], float]:

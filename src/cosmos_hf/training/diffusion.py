@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..conditioning.frames import FrameCondition, condition_indicator, condition_mask
-from ..data.clips import ClipDataset
+from ..data.clips import ClipDataset, data_names
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
 from ..models.uncertainty_cosmos import UncertaintyHead
@@ -231,9 +231,9 @@ def build_datasets(
 
     train = cached(config.data, config.window_starts, True)
     validation = {}
-    for path in config.val_data:
+    for name, path in zip(data_names(config.val_data), config.val_data, strict=True):
         whole = cached(path, config.window_starts[:1], False)
-        validation[Path(path).name] = whole.first(config.val_clips)
+        validation[name] = whole.first(config.val_clips)
     state.wait_for_everyone()
     return train, validation
 

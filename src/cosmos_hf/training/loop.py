@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.clips import ResumableSampler
+from ..data.sampling import ResumableSampler
 from .checkpoints import Guard, Progress, TrainingError, checkpoints, newest_checkpoint, save_checkpoint
 from .config import RunConfig
 from .devices import (
@@ -138,7 +138,9 @@ class Run:
 
     def _batches(self, dataset, collate) -> Iterator[dict]:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        sampler = ResumableSampler(len(dataset), config.seed, self.progress.samples, rank, world)
+        kinds = getattr(dataset, "shapes", None)  # of data of several sizes
+        place = (config.seed, self.progress.samples, rank, world)
+        sampler = ResumableSampler(len(dataset), *place, kinds=kinds, batch_size=config.batch_size)
         loader = DataLoader(
             dataset, config.batch_size, sampler=sampler, collate_fn=collate, num_workers=config.num_workers
         )

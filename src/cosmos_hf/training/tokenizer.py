@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from ..data.clips import ClipDataset
+from ..data.clips import ClipDataset, data_names
 from ..data.pictures import PictureDataset, WithPictures, find_pictures
 from ..data.video import to_float
 from ..evaluation.codes import counting_codes, watch_codes
@@ -98,9 +98,8 @@ def validate(model: Tokenizer, config: TokenizerConfig) -> dict:
     """
     figures = {}
     device = next(model.parameters()).device
-    for path in config.val_data:
-        clips = build_whole(config, path)
-        scores, name = [], Path(path).name
+    for name, path in zip(data_names(config.val_data), config.val_data, strict=True):
+        clips, scores = build_whole(config, path), []
         with counting_codes(model) as usage:
             for i in range(min(config.val_clips, len(clips))):
                 video = to_float(clips[i]["video"])[None].to(device)
