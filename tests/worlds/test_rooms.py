@@ -58,6 +58,10 @@ def test_the_camera_keeps_clear_of_walls_and_furniture(index):
         assert np.hypot(*(eyes[:, :2] - piece.position).T).min() > FURNITURE[piece.kind][0] + 0.3
 
 
+def test_a_room_without_a_free_way_gives_way_to_the_next():
+    assert rooms.simulate("train", 25, renderer=None).kind in rooms.KINDS  # of the first room too little floor is free
+
+
 def test_pieces_stand_apart_and_inside():
     for seed in range(20):
         room = sample_room(np.random.default_rng(seed), "train")

@@ -86,14 +86,16 @@ def simulate(
         plan = PLANS[number]
     rng = np.random.default_rng([seed, *b"rooms", *split.encode(), scene_index])
     scene = sample_room(rng, split)
-    if split == "val_counterfactual":
-        extrinsics = _sample_path(rng, scene, PLANS)[PLANS.index(plan)]
-        kind = plan
-    else:
+    if plan is None:
         names = HELD_OUT_KINDS if split == "val_trajectory" else tuple(KINDS)
         shares = None if split == "val_trajectory" else list(KINDS.values())
-        kind = str(rng.choice(names, p=shares))
-        extrinsics = _sample_path(rng, scene, (kind,))[0]
+        kinds = (str(rng.choice(names, p=shares)),)
+    else:
+        kinds = PLANS
+    while (paths := _sample_paths(rng, scene, kinds)) is None:  # about one room in a hundred is too full
+        scene = sample_room(rng, split)
+    kind = plan or kinds[0]
+    extrinsics = paths[kinds.index(kind)]
     frames, depth = _render(scene, extrinsics, renderer, truth)
     return RoomEpisode(
         scene=scene,
@@ -130,14 +132,14 @@ def _render(scene: RoomSpec, extrinsics: np.ndarray, renderer: str | None, truth
     return frames, np.array(depth) if truth else None
 
 
-def _sample_path(rng: np.random.Generator, scene: RoomSpec, kinds: tuple[str, ...]) -> list[np.ndarray]:
-    """Ways of all `kinds` [T, 4, 4] from one start, none of which comes near anything."""
+def _sample_paths(rng: np.random.Generator, scene: RoomSpec, kinds: tuple[str, ...]) -> list[np.ndarray] | None:
+    """Ways of all `kinds` [T, 4, 4] from one start, none of which comes near anything; None where none are found."""
     for _ in range(2000):
         start = _sample_start(rng, scene)
         paths = [_motion(rng, kind) @ start for kind in kinds]
         if all(_is_free(scene, path) for path in paths):
             return paths
-    raise RuntimeError(f"no free way of the kinds {kinds} in this room: {scene}")
+    return None
 
 
 def _sample_start(rng: np.random.Generator, scene: RoomSpec) -> np.ndarray:

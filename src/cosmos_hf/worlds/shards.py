@@ -89,11 +89,14 @@ def render_split(
 def _render_shard(world: str, path: Path, split: str, indices: range, seed: int, renderer: str) -> int:
     restart_filament()
     partial = path.with_suffix(f".partial-{os.getpid()}")
-    with webdataset.TarWriter(str(partial), mtime=0, user="", group="") as writer:
-        for index in indices:
-            episode = WORLDS[world].simulate(split, index, seed, renderer, split != "train")
-            writer.write(sample_of(episode, world, split, index, seed, renderer))
-    partial.rename(path)
+    try:
+        with webdataset.TarWriter(str(partial), mtime=0, user="", group="") as writer:
+            for index in indices:
+                episode = WORLDS[world].simulate(split, index, seed, renderer, split != "train")
+                writer.write(sample_of(episode, world, split, index, seed, renderer))
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return len(indices)
 
 
