@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cosmos_hf.conditioning.action import BRIDGE, DRIVING, FILE_NAME, ActionSpec, Gripper, group_actions
+from cosmos_hf.conditioning.robot_states import actions_from_states
 
 
 def drawn(count=500, seed=0):
@@ -127,3 +128,30 @@ def test_actions_of_a_latent_frame_are_those_that_lead_to_its_frames():
     assert grouped[1, 1].tolist() == list(range(8)) and grouped[1, 2].tolist() == list(range(8, 16))
     with pytest.raises(ValueError, match="8 actions do not fill groups of 3"):
         group_actions(actions, 3)
+
+
+def test_accumulated_actions_are_the_pose_relative_to_the_first_frame():
+    rng = np.random.default_rng(0)
+    states = np.cumsum(rng.normal(0, 0.1, (9, 7)), axis=0)
+    states[:, 6] = rng.uniform(0, 1, 9)
+    actions = actions_from_states(states)
+    spec = BRIDGE.with_accumulation([torch.from_numpy(actions)])
+    led_to = spec.accumulate(torch.from_numpy(actions)[None])[0].numpy()
+    direct = [actions_from_states(states[[0, t]])[0] for t in range(1, 9)]  # from the first frame in one step
+    np.testing.assert_allclose(led_to, direct, atol=1e-5)
+    assert spec.num_inputs == 14 and spec.check_same(BRIDGE) is None
+    inputs = spec.inputs(torch.from_numpy(actions))
+    np.testing.assert_allclose(inputs[:, :7], actions, atol=1e-6)
+    np.testing.assert_allclose(inputs[:, 7:].square().mean(0), np.ones(7), rtol=1e-4)
+
+
+def test_accumulated_actions_of_joints_are_sums():
+    spec = ActionSpec(names=("a", "grip"), units=("rad", ""), frame="joints", kind="delta", rate=5.0)
+    spec = replace(spec, gripper=Gripper("grip", 1.0, 0.0), accumulated_scale=(2.0, 1.0))
+    inputs = spec.inputs([[1.0, 1.0], [2.0, 0.5], [-1.0, 0.0]])
+    assert inputs.tolist() == [[1.0, 1.0, 0.5, 1.0], [2.0, 0.5, 1.5, 0.5], [-1.0, 0.0, 1.0, 0.0]]
+    with pytest.raises(ValueError, match="only deltas add up"):
+        replace(spec, kind="absolute")
+    turned = replace(BRIDGE, units=("m",) * 3 + ("deg",) * 3 + ("share open",))
+    with pytest.raises(ValueError, match="'rad' or 'rad x <number>'"):
+        turned.accumulate(torch.zeros(2, 7))

@@ -20,6 +20,7 @@ from cosmos_hf.data.video import write_video
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.condition_adapters import GrownLinear
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.pipelines.conditions import action_vectors
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
@@ -292,6 +293,20 @@ def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path):
     with torch.no_grad():
         expected, result = trained(*inputs, **given).sample, pipe.transformer(*inputs, **given).sample
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipeline_adds_up_actions_as_the_training_did(make, pipe, data, tmp_path):
+    config = make("action", accumulate_actions=True)
+    model, _, dataset, batches, _ = assemble(config)
+    export_adapter(model, tmp_path / "adapter", config, batches)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    sample = dataset[3, 1]
+    trained_on = batches.collate([sample])["actions"]
+    assert trained_on.shape == (1, 3, 56) and pipe.transformer.config.action_dim == 56
+    torch.testing.assert_close(action_vectors(pipe, sample["actions"], 9, 5.0), trained_on)
+    led_to = trained_on[0].view(3, 4, 14)[1:, :, 7].flatten()
+    assert led_to.min() > 0 and (led_to.diff() > 0).all()  # a constant motion goes ever farther
+    assert generate(pipe, actions=plan_of(0.25)).shape[2] == 3
 
 
 def test_several_adapters_at_once_alone_and_unloaded(pipe, adapters):

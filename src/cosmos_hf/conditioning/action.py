@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .robot_states import compose_motions
+
 FILE_NAME = "action_spec.json"
 KINDS = ("delta", "absolute", "trajectory")
 NORMALISATIONS = ("none", "standard", "range", "quantile")
@@ -45,6 +47,9 @@ class ActionSpec:
         normalisation: how `offset` and `scale` came about, one of `NORMALISATIONS`.
         offset, scale: normalised = (action - offset) / scale. Empty for none.
         low, high: smallest and largest values of the data. Empty where they are not known; then no range is checked.
+        accumulated_scale: empty, or the network is given not only every action but also where all actions so far have led from the
+            clip's first frame on, divided by this: sums of the numbers, or the pose where they are motions of an end effector. It
+            need not learn to add up then.
 
     Raises ValueError for lengths that do not fit and values that are not known.
     """
@@ -61,9 +66,10 @@ class ActionSpec:
     scale: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    accumulated_scale: tuple[float, ...] = ()
 
     def __post_init__(self):
-        for name in ("names", "units", "offset", "scale", "low", "high"):
+        for name in ("names", "units", "offset", "scale", "low", "high", "accumulated_scale"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.names or len(set(self.names)) != len(self.names):
             raise ValueError(f"an action needs names, each once, got {list(self.names)}")
@@ -74,14 +80,19 @@ class ActionSpec:
         if not self.rate > 0:
             raise ValueError(f"rate must be positive, got {self.rate}")
         needed = {"units", "offset", "scale"} if self.normalisation != "none" else {"units"}
-        for name in ("units", "offset", "scale", "low", "high"):
+        for name in ("units", "offset", "scale", "low", "high", "accumulated_scale"):
             values = getattr(self, name)
             if len(values) != self.width and (values or name in needed):
                 raise ValueError(
                     f"{name} has {len(values)} entries for {self.width} numbers ({', '.join(self.names)})"
                 )
-        if any(not value > 0 for value in self.scale):
-            raise ValueError(f"scale must be positive, got {list(self.scale)}")
+        for name in ("scale", "accumulated_scale"):
+            if any(not value > 0 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be positive, got {list(getattr(self, name))}")
+        if self.accumulated_scale and self.kind != "delta":
+            raise ValueError(
+                f"only deltas add up: accumulated_scale does not belong to actions of the kind {self.kind!r}"
+            )
         if self.gripper is not None and self.gripper.name not in self.names:
             raise ValueError(f"the gripper {self.gripper.name!r} is none of the numbers {', '.join(self.names)}")
         if self.gripper is not None and self.gripper.open == self.gripper.closed:
@@ -90,6 +101,11 @@ class ActionSpec:
     @property
     def width(self) -> int:
         return len(self.names)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers the network is given for an action."""
+        return self.width + len(self.accumulated_scale)
 
     def check(self, actions, fps: float | None = None) -> torch.Tensor:
         """Actions [..., A] as float32, or ValueError: width, numbers that are none, rate `fps`, range, gripper."""
@@ -138,6 +154,32 @@ class ActionSpec:
             return actions
         return (actions - torch.tensor(self.offset)) / torch.tensor(self.scale)
 
+    def inputs(self, actions, fps: float | None = None) -> torch.Tensor:
+        """Checked actions [..., T - 1, A] of clips as the network takes them, [..., T - 1, num_inputs]."""
+        normalised = self.normalise(actions, fps)
+        if not self.accumulated_scale:
+            return normalised
+        led_to = self.accumulate(actions) / torch.tensor(self.accumulated_scale)
+        return torch.cat([normalised, led_to], dim=-1)
+
+    def accumulate(self, actions) -> torch.Tensor:
+        """Where the actions [..., T - 1, A] up to each have led from the first frame on, in their units; a gripper's, which are
+        absolute, stay. Raises ValueError for turns of an end effector in another unit than "rad" or "rad x <number>"."""
+        actions = torch.as_tensor(actions)
+        steps = actions.double()
+        led_to = steps.cumsum(-2)
+        if self.gripper is not None:
+            place = self.names.index(self.gripper.name)
+            led_to[..., place] = steps[..., place]
+        if self.frame == "end effector" and set(_POSE[:6]) <= set(self.names):
+            places = [self.names.index(name) for name in _POSE[:6]]
+            radian = _radian(self.units[places[3]])
+            clips = steps[..., places].reshape(-1, steps.shape[-2], 6).numpy()
+            moved = [np.concatenate(compose_motions(clip[:, :3], clip[:, 3:] / radian), axis=1) for clip in clips]
+            poses = torch.from_numpy(np.stack(moved)) * torch.tensor([1.0] * 3 + [radian] * 3, dtype=torch.float64)
+            led_to[..., places] = poses.view(*steps.shape[:-1], 6)
+        return led_to.float()
+
     def denormalise(self, actions: torch.Tensor) -> torch.Tensor:
         """Inverse of `normalise`."""
         if actions.shape[-1] != self.width:
@@ -177,10 +219,17 @@ class ActionSpec:
             high=_floats(table.max(0)),
         )
 
+    def with_accumulation(self, clips: list) -> "ActionSpec":
+        """The same meaning, and the network is also given where the actions have led, scaled by what that is in the clips'
+        actions, a list of [T - 1, A]."""
+        square = torch.cat([self.accumulate(clip) for clip in clips]).square().mean(0)
+        scale = square.sqrt().clamp(min=_LEAST_SPREAD)
+        return replace(self, accumulated_scale=_floats(torch.where(scale > _LEAST_SPREAD, scale, 1.0)))
+
     def check_same(self, other: "ActionSpec"):
         """ValueError where data or a caller that follow `other` would not mean what this one means, naming each difference.
 
-        Normalisation and range may differ: a checkpoint applies its own.
+        Normalisation, range and accumulation may differ: a checkpoint applies its own.
         """
         names = ("embodiment", "names", "units", "frame", "kind", "rate", "gripper")
         different = [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -245,6 +294,14 @@ def group_actions(actions: torch.Tensor, temporal_compression: int) -> torch.Ten
 
 def _floats(values) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def _radian(unit: str) -> float:
+    """How many of a unit of angles a radian is."""
+    name, _, factor = unit.partition(" x ")
+    if name != "rad" or not (factor or "1").replace(".", "", 1).isdigit():
+        raise ValueError(f"turns must be in 'rad' or 'rad x <number>' to be added up, the spec has {unit!r}")
+    return float(factor or 1)
 
 
 def _told(spec: ActionSpec, name: str) -> str:

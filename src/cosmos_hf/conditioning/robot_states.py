@@ -44,6 +44,18 @@ def actions_from_states(states: np.ndarray) -> np.ndarray:
     return np.array(actions)
 
 
+def compose_motions(moves: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where motions [T, 3], each in the frame that the ones before led to, lead from the first frame on: positions in any unit,
+    Euler angles in radians, each [T, 3]."""
+    position, frame, positions, angles = np.zeros(3), np.eye(3), [], []
+    for move, turn in zip(moves, turns, strict=True):
+        position = position + frame @ move
+        frame = frame @ rotation_from_euler(turn)
+        positions.append(position)
+        angles.append(euler_from_rotation(frame))
+    return np.array(positions).reshape(-1, 3), np.array(angles).reshape(-1, 3)
+
+
 def integrate_actions(start: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """The states [T, 7] that actions [T - 1, 7] lead to from a start state [7]: inverse of `actions_from_states`."""
     states, position, frame = [start], start[:3], rotation_from_euler(start[3:6])

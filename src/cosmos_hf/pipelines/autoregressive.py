@@ -14,7 +14,7 @@ from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.medusa_cosmos import DRAFTS, speculative_generate
 from .adapters import ConditionAdaptersMixin
-from .conditions import action_vectors, check_needed, expand_conditions
+from .conditions import check_needed, checked_actions, expand_conditions, latent_actions
 from .diffusion_decoder import CosmosDiffusionDecoderPipeline
 from .encode import check_size, check_text, count_prompts, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
@@ -188,7 +188,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         """
         run = self._resolve(height, width, num_frames, fps, temperature, top_p, output_type)
         check_needed(self, run, actions, None)
-        vectors = None if actions is None else action_vectors(self, actions, run["num_frames"], run["fps"])
+        steps = None if actions is None else checked_actions(self, actions, run["num_frames"], run["fps"])
         decoder_options = self._decoder_options(use_diffusion_decoder, decoder_options, run, output_type)
         takes_text = self.transformer.config.cross_attention_dim is not None
         check_text(prompt, None, prompt_embeds, None, 0)
@@ -210,11 +210,11 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         frames = read_conditioning(
             image, video, num_conditioning_frames, most, factor, run["height"], run["width"], run["fps"]
         )
-        items = max(count_prompts(prompt, prompt_embeds), len(frames), 1 if vectors is None else len(vectors))
+        items = max(count_prompts(prompt, prompt_embeds), len(frames), 1 if steps is None else len(steps))
         frames = repeat_to_batch(frames, items, num_videos_per_prompt)
         device, text = self._execution_device, None
-        if vectors is not None:
-            vectors = expand_conditions({"actions": vectors}, items, num_videos_per_prompt)["actions"].to(device)
+        if steps is not None:
+            steps = expand_conditions({"actions": steps}, items, num_videos_per_prompt)["actions"]
         if takes_text:
             texts = (prompt, None, prompt_embeds, None)
             text, _ = encode_prompts(self, *texts, items * num_videos_per_prompt, False, device)
@@ -222,7 +222,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         pixels = to_float(frames).to(device, self.vae.dtype)
         codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
         total = self.vae.latent_frames(run["num_frames"])
-        codes = self._continue(codes, total, overlap, run, generator, text, vectors, draft)
+        codes = self._continue(codes, total, overlap, run, generator, text, steps, draft)
         if decoder_options is None:
             frames = decode_indices(self.vae, codes, output_type)
         else:
@@ -299,9 +299,9 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                     prompt = torch.cat([prompt.new_full((len(prompt), 1), config.bov_token_id), prompt], dim=1)
                 grid = (seen.shape[1] + new, height, width)
                 if actions is not None:
-                    start = codes.shape[1] - seen.shape[1]
-                    options["actions"] = acted = actions[:, start : start + grid[0]].clone()
-                    acted[:, 0] = 0  # as in training, where nothing led to a window's first frame
+                    factor, start = self.vae.config.temporal_compression, codes.shape[1] - seen.shape[1]
+                    window_actions = actions[:, factor * start : factor * (start + grid[0] - 1)]
+                    options["actions"] = latent_actions(self, window_actions).to(codes.device)
                 if draft is not None:
                     tokens = speculative_generate(
                         self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options

@@ -68,27 +68,41 @@ def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
     Of a trajectory it is the points, [N, 3] or such per video, that lead to [B, 1, action_dim].
     """
     spec, config = spec_of(pipe), pipe.transformer.config
-    if isinstance(actions, (list, tuple)) and np.ndim(actions[0]) == 2:
-        actions = np.stack([np.asarray(item, dtype=np.float32) for item in actions])
     if spec.kind == "trajectory":
-        return _trajectories(spec, actions, config.action_dim // spec.width, (num_frames - 1) / fps)
-    actions = spec.normalise(
-        np.asarray(actions, dtype=np.float32) if not torch.is_tensor(actions) else actions.cpu(), fps
-    )
+        return _trajectories(spec, _stacked(actions), config.action_dim // spec.width, (num_frames - 1) / fps)
+    vectors = latent_actions(pipe, checked_actions(pipe, actions, num_frames, fps))
+    # An autoregressive transformer has one form.
+    return vectors[:, 1:2] if getattr(config, "action_form", None) == "as_written" else vectors
+
+
+def checked_actions(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
+    """What leads from frame to frame of `num_frames` frames, [B, T - 1, A] in its units."""
+    spec, config = spec_of(pipe), pipe.transformer.config
+    actions = spec.check(_stacked(actions), fps)
     actions = actions[None] if actions.ndim == 2 else actions
     if actions.ndim != 3 or actions.shape[1] != num_frames - 1:
         raise ValueError(
             f"actions must be [{num_frames - 1}, {spec.width}] for {num_frames} frames, or one such per video, got "
             f"{tuple(actions.shape[-2:] if len(actions) == 1 else actions.shape)}"
         )
-    vectors = group_actions(actions, pipe.vae.config.temporal_compression)
-    if config.action_dim != vectors.shape[-1]:
+    count = pipe.vae.config.temporal_compression
+    if config.action_dim != count * spec.num_inputs:
         raise ValueError(
-            f"the transformer takes {config.action_dim} numbers (action_dim), {pipe.vae.config.temporal_compression} actions of "
-            f"{spec.width} numbers lead to each latent frame: the action_spec is another model's"
+            f"the transformer takes {config.action_dim} numbers (action_dim), {count} actions of "
+            f"{spec.num_inputs} numbers lead to each latent frame: the action_spec is another model's"
         )
-    # An autoregressive transformer has one form.
-    return vectors[:, 1:2] if getattr(config, "action_form", None) == "as_written" else vectors
+    return actions
+
+
+def latent_actions(pipe, actions: torch.Tensor) -> torch.Tensor:
+    """Checked actions [B, T - 1, A] of a window -> the network's [B, T', action_dim]."""
+    return group_actions(spec_of(pipe).inputs(actions), pipe.vae.config.temporal_compression)
+
+
+def _stacked(actions):
+    if isinstance(actions, (list, tuple)) and np.ndim(actions[0]) == 2:
+        return np.stack([np.asarray(item, dtype=np.float32) for item in actions])
+    return actions.cpu() if torch.is_tensor(actions) else np.asarray(actions, dtype=np.float32)
 
 
 def _trajectories(spec: ActionSpec, points, num_points: int, duration: float) -> torch.Tensor:

@@ -43,6 +43,10 @@ class AdapterSettings(RunConfig):
         },
     )
     action_normalisation: str = field(default="quantile", metadata={"help": "none, standard, range or quantile"})
+    accumulate_actions: bool = field(
+        default=False,
+        metadata={"help": "also tell the network where the actions so far have led from the first frame on"},
+    )
 
     def __post_init__(self):
         super().__post_init__()

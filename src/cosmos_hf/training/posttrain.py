@@ -143,9 +143,12 @@ def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec
             f"say what the actions mean: action_spec must be {', '.join(SPECS)}, or a folder with an action_spec.json "
             "(cosmos_hf.conditioning.action.ActionSpec(...).save(folder))"
         )
-    if spec.normalisation != "none":
-        return spec
-    return spec.with_statistics([arrays["actions"] for arrays in data.arrays], config.action_normalisation)
+    actions = [arrays["actions"] for arrays in data.arrays]
+    if spec.normalisation == "none":
+        spec = spec.with_statistics(actions, config.action_normalisation)
+    if config.accumulate_actions and not spec.accumulated_scale:
+        spec = spec.with_accumulation(actions)
+    return spec
 
 
 def reference_poses(camera: dict, window: slice = slice(None)) -> torch.Tensor:
@@ -169,7 +172,9 @@ class ConditionBatches:
     def action_dim(self) -> int | None:
         if self.spec is None:
             return None
-        return self.spec.width * (self.temporal if self.spec.kind != "trajectory" else self.config.trajectory_points)
+        return self.spec.num_inputs * (
+            self.temporal if self.spec.kind != "trajectory" else self.config.trajectory_points
+        )
 
     def collate(self, samples: list[dict]) -> dict:
         batch = self.texts.collate(samples)
@@ -188,7 +193,7 @@ class ConditionBatches:
             count = self.config.trajectory_points
             points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
             return trajectory_vector(self.spec, points, count)
-        actions = group_actions(self.spec.normalise(sample["actions"], sample["fps"]), self.temporal)
+        actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
     def _rays(self, camera: dict, size: tuple[int, ...]) -> torch.Tensor:

@@ -107,7 +107,7 @@ class ConditionTokens(TokenBatches):
             told = torch.tensor([bool(sample["caption"]) for sample in samples])
             batch["text"] = batch["text"] * told[:, None, None]
         if self.spec is not None:
-            actions = [self.spec.normalise(sample["actions"], sample["fps"]) for sample in samples]
+            actions = [self.spec.inputs(sample["actions"], sample["fps"]) for sample in samples]
             batch["actions"] = torch.stack([group_actions(part, self.temporal) for part in actions])
         return batch
 
@@ -154,7 +154,7 @@ def config_changes(config: ARPosttrainConfig, base: CosmosARConfig, spec: Action
     elif config.has_text and base.cross_attention_dim != width:
         raise ValueError(f"the text encoder is {width} wide, the transformer takes {base.cross_attention_dim}")
     if spec is not None:
-        changes |= {"action_dim": temporal * spec.width, "actions_per_frame": temporal}
+        changes |= {"action_dim": temporal * spec.num_inputs, "actions_per_frame": temporal}
         if base.action_dim is not None:
             raise ValueError(f"the base has action_dim={base.action_dim} already; post-train one without it")
     return changes
