@@ -16,6 +16,7 @@ from .blockwise import add, by_frames, by_rows, in_inference
 from .linear import linear
 from .streaming import KeyValues, StreamState
 from .wavelets import haar_merge, haar_split
+from .winograd import convolve_pairs, minimal_taps, pays
 
 
 def haar_patch(x: torch.Tensor, patch_size: int, first: bool = True) -> torch.Tensor:
@@ -75,6 +76,9 @@ class CausalConv3d(nn.Module):
         before = nn.Identity() if norm is None else norm.activated
         if self.pointwise:
             return by_frames(lambda frames: linear(before(frames), weight[:, :, 0, 0], self.bias), x, into=into)
+        if stride == self.padding == 1 and pays(x, weight):
+            taps = [_channels_last(tap) for tap in minimal_taps(weight, 2)]
+            return by_frames(lambda frames: self._over_row_pairs(before(frames), taps), x, into=into)
         return by_frames(lambda frames: self._over_space(before(frames), weight, stride, self.padding), x, into=into)
 
     def _over_doubled(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,7 @@ class CausalConv3d(nn.Module):
         """
         height, width = x.shape[2:4]
         kernels = [
-            (i, j, weight.contiguous(memory_format=torch.channels_last))
+            (i, j, _channels_last(weight))
             for i, rows in enumerate(_merged_taps(self._weight2d(), 2))
             for j, weight in enumerate(_merged_taps(rows, 3))
         ]
@@ -101,7 +105,16 @@ class CausalConv3d(nn.Module):
     def _weight2d(self) -> torch.Tensor:
         """[O, I, rows, columns], in memory as channels-last input wants it."""
         weight = self.weight.squeeze(-1) if self.temporal else self.weight.squeeze(2)
-        return weight.contiguous(memory_format=torch.channels_last)
+        return _channels_last(weight)
+
+    def _over_row_pairs(self, x: torch.Tensor, taps: list[torch.Tensor]) -> torch.Tensor:
+        """3x3 kernels as products of rows with their three rows."""
+
+        def multiply(x, tap, bias):
+            return F.conv2d(x.permute(0, 3, 1, 2), tap, bias, padding=(0, 1)).permute(0, 2, 3, 1)
+
+        y = convolve_pairs(F.pad(x.flatten(0, 1), (0, 0, 0, 0, 1, 1)), taps, self.bias, multiply)
+        return y.unflatten(0, x.shape[:2])
 
     def _over_space(self, x: torch.Tensor, weight: torch.Tensor, stride: int = 1, padding: int = 0) -> torch.Tensor:
         batch, frames = x.shape[:2]
@@ -116,9 +129,14 @@ class CausalConv3d(nn.Module):
             newest = x if stride == 2 or x.shape[1] > 1 else torch.cat([past, x], dim=1)
             stream[self] = newest[:, -2 if stride == 1 else -1 :].clone()
         weight = self._weight2d()
+        taps = None
+        if stride == 1 and x.shape[1] > 1 and pays(x, weight):
+            taps = [tap[:, :, 0, 0].contiguous() for tap in minimal_taps(weight, 2)]
 
         def convolve(x, past):
             x = torch.cat([past, x], dim=1)
+            if taps is not None:
+                return convolve_pairs(x, taps, self.bias, linear)
             y = self._conv2d(x.flatten(2, 3), weight, (stride, 1), 0).unflatten(2, x.shape[2:4])
             return y if stride == 1 else add(y, (x[:, 1:-1:2] + x[:, 2::2]) * 0.5)
 
@@ -127,6 +145,10 @@ class CausalConv3d(nn.Module):
     def _conv2d(self, x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: int) -> torch.Tensor:
         """Of [N, rows, columns, C], which lies in memory as conv2d's channels-last layout wants it."""
         return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, stride, padding).permute(0, 2, 3, 1)
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def _merged_taps(weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
