@@ -72,13 +72,14 @@ class CausalConv3d(nn.Module):
             return self._over_doubled(x)
         if self.temporal:
             return self._over_time(x, stream, stride, into)
-        weight = self._weight2d()
         before = nn.Identity() if norm is None else norm.activated
         if self.pointwise:
-            return by_frames(lambda frames: linear(before(frames), weight[:, :, 0, 0], self.bias), x, into=into)
-        if stride == self.padding == 1 and pays(x, weight):
-            taps = [_channels_last(tap) for tap in minimal_taps(weight, 2)]
+            weight = self.weight[:, :, 0, 0, 0]
+            return by_frames(lambda frames: linear(before(frames), weight, self.bias), x, into=into)
+        if stride == self.padding == 1 and pays(x, self.weight):
+            taps = [_channels_last(tap) for tap in minimal_taps(self.weight.squeeze(2), 2)]
             return by_frames(lambda frames: self._over_row_pairs(before(frames), taps), x, into=into)
+        weight = self._weight2d()
         return by_frames(lambda frames: self._over_space(before(frames), weight, stride, self.padding), x, into=into)
 
     def _over_doubled(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,15 +129,17 @@ class CausalConv3d(nn.Module):
         if stream is not None:
             newest = x if stride == 2 or x.shape[1] > 1 else torch.cat([past, x], dim=1)
             stream[self] = newest[:, -2 if stride == 1 else -1 :].clone()
+        if stride == 1 and x.shape[1] > 1 and pays(x, self.weight):
+            taps = [tap[:, :, 0].contiguous() for tap in minimal_taps(self.weight[..., 0, 0], 2)]
+
+            def convolve(x, past):
+                return convolve_pairs(torch.cat([past, x], dim=1), taps, self.bias, linear)
+
+            return by_rows(convolve, x, past, into=into)
         weight = self._weight2d()
-        taps = None
-        if stride == 1 and x.shape[1] > 1 and pays(x, weight):
-            taps = [tap[:, :, 0, 0].contiguous() for tap in minimal_taps(weight, 2)]
 
         def convolve(x, past):
             x = torch.cat([past, x], dim=1)
-            if taps is not None:
-                return convolve_pairs(x, taps, self.bias, linear)
             y = self._conv2d(x.flatten(2, 3), weight, (stride, 1), 0).unflatten(2, x.shape[2:4])
             return y if stride == 1 else add(y, (x[:, 1:-1:2] + x[:, 2::2]) * 0.5)
 
