@@ -77,7 +77,7 @@ class CausalConv3d(nn.Module):
             weight = self.weight[:, :, 0, 0, 0]
             return by_frames(lambda frames: linear(before(frames), weight, self.bias), x, into=into)
         if stride == self.padding == 1 and pays(x, self.weight):
-            taps = [_channels_last(tap) for tap in minimal_taps(self.weight.squeeze(2), 2)]
+            taps = minimal_taps(self.weight.squeeze(2))
             return by_frames(lambda frames: self._over_row_pairs(before(frames), taps), x, into=into)
         weight = self._weight2d()
         return by_frames(lambda frames: self._over_space(before(frames), weight, stride, self.padding), x, into=into)
@@ -108,7 +108,7 @@ class CausalConv3d(nn.Module):
         weight = self.weight.squeeze(-1) if self.temporal else self.weight.squeeze(2)
         return _channels_last(weight)
 
-    def _over_row_pairs(self, x: torch.Tensor, taps: list[torch.Tensor]) -> torch.Tensor:
+    def _over_row_pairs(self, x: torch.Tensor, taps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """3x3 kernels as products of rows with their three rows."""
 
         def multiply(x, tap, bias):
@@ -130,7 +130,7 @@ class CausalConv3d(nn.Module):
             newest = x if stride == 2 or x.shape[1] > 1 else torch.cat([past, x], dim=1)
             stream[self] = newest[:, -2 if stride == 1 else -1 :].clone()
         if stride == 1 and x.shape[1] > 1 and pays(x, self.weight):
-            taps = [tap[:, :, 0].contiguous() for tap in minimal_taps(self.weight[..., 0, 0], 2)]
+            taps = [tap[:, :, 0, 0] for tap in minimal_taps(self.weight.squeeze(4))]
 
             def convolve(x, past):
                 return convolve_pairs(torch.cat([past, x], dim=1), taps, self.bias, linear)

@@ -16,19 +16,26 @@ import torch
 
 from .blockwise import in_inference
 
-FEW_CHANNELS = 64  # below, sums and copies take what the products save
+# With fewer channels sums and copies take what the products save; a product of a kernel's row is three of one tap.
+LEAST_CHANNELS, LEAST_CHANNELS_PER_TAP = 64, 256
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [..., C] is better convolved so: on a processor, in inference, with enough channels."""
-    return x.device.type == "cpu" and in_inference() and min(weight.shape[:2]) >= FEW_CHANNELS
+    """Whether x [..., C] is better convolved so with a weight [O, I, ...]: on a processor, in inference, with enough channels."""
+    least = LEAST_CHANNELS if weight.shape[-1] > 1 else LEAST_CHANNELS_PER_TAP
+    return x.device.type == "cpu" and in_inference() and min(weight.shape[:2]) >= least
 
 
-def minimal_taps(weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, ...]:
-    """The four factors of the products for a weight [O, I, ...] with three taps along `axis`, which stays with length 1."""
-    first, middle, last = weight.split(1, axis)
-    ends = first + last
-    return first, (ends + middle) / 2, (ends - middle) / 2, last
+def minimal_taps(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four factors for a weight [O, I, 3, n] whose taps lie along the third axis: each [O, I, 1, n], channels last."""
+    taps = weight.new_empty(4, weight.shape[0], 1, weight.shape[3], weight.shape[1])
+    first, middle, last = weight.permute(0, 2, 3, 1).split(1, dim=1)
+    taps[0], taps[3], middle = first, last, middle.contiguous()
+    torch.add(taps[0], taps[3], out=taps[1])
+    torch.sub(taps[1], middle, out=taps[2])
+    taps[1] += middle
+    taps[1:3] /= 2
+    return taps.permute(0, 1, 4, 2, 3).unbind()
 
 
 def convolve_pairs(
