@@ -12,9 +12,10 @@ from pathlib import Path
 from cosmos_hf import CosmosAutoregressivePipeline
 from cosmos_hf.training.autoregressive import ARWorldModel, TokenBatches, check_reload, validate
 from cosmos_hf.training.config import parse
+from cosmos_hf.training.devices import process_state
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import fit
-from cosmos_hf.training.medusa import MedusaConfig, MedusaLoss, build_model
+from cosmos_hf.training.medusa import MedusaConfig, MedusaLoss, build_model, own_videos
 
 
 def main(argv=None):
@@ -29,6 +30,10 @@ def main(argv=None):
         )
     model = build_model(config)
     batches = TokenBatches(config, model.transformer.config, texts)
+    if config.own_videos:
+        state = process_state()
+        data = own_videos(pipe.transformer.to(state.device), data, batches, state.process_index, state.num_processes)
+        state.wait_for_everyone()
 
     def plain(trained):
         """The network without its heads: what perplexity and the comparison of a reload are about."""

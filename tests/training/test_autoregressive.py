@@ -20,6 +20,7 @@ from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.models.medusa_cosmos import speculative_generate
 from cosmos_hf.training import autoregressive, medusa
 from cosmos_hf.training.autoregressive import AutoregressiveConfig, AutoregressiveLoss, TokenBatches, build_model
+from cosmos_hf.training.cache import LatentDataset, save_window
 from cosmos_hf.training.config import family_of
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, fit
@@ -225,7 +226,7 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path, monkeypatch):
 
     heads = tmp_path / "medusa"
     more = dict(init_from=stage / "export", text_encoder=stage / "export", max_sequence_length=48, medusa_num_heads=2)
-    run("train_medusa", settings(), output_dir=heads, max_steps=2, train_last_layers=1, **more)
+    run("train_medusa", settings(), output_dir=heads, max_steps=2, train_last_layers=1, own_videos=3, **more)
     pipe = CosmosAutoregressivePipeline.from_pretrained(heads / "export")
     assert len(pipe.transformer.medusa_heads) == 2
     assert pipe.transformer.medusa_heads[1].weight.abs().max() > 0
@@ -233,7 +234,7 @@ def test_stages_and_medusa_end_to_end(settings, clips, tmp_path, monkeypatch):
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], new["model.layers.0.mlp.up_proj.weight"])
     assert not torch.equal(after["model.layers.1.mlp.up_proj.weight"], new["model.layers.1.mlp.up_proj.weight"])
     logs = [json.loads(line) for line in (heads / "log.jsonl").read_text().splitlines()]
-    assert {"cross_entropy", "head0_cross_entropy", "head1_cross_entropy"} <= logs[0].keys()
+    assert {"divergence", "head0_cross_entropy", "head1_cross_entropy"} <= logs[0].keys()
 
     figures = tmp_path / "speculation.json"
     flags = ["--model", str(heads / "export"), "--data", str(clips), "--num_clips", "2", "--copies", "4"]
@@ -338,12 +339,51 @@ def test_heads_learn_and_save_passes(settings, tmp_path):
     assert out.forward_passes < 0.5 * greedy[:, 8:].numel()
 
 
+def test_heads_learn_from_own_videos_and_the_network_stays(settings, tmp_path):
+    torch.manual_seed(0)
+    size = SIZES["tiny"] | dict(vocab_size=125, embedding_size=125, latent_shape=(3, 4, 4))
+    base = CosmosARForCausalLM(CosmosARConfig(**size)).eval()
+    base.save_pretrained(tmp_path / "transformer")
+    known = settings(init_from=str(tmp_path), train_last_layers=1, own_videos=4, medusa_num_heads=2)
+    config = medusa.MedusaConfig(**known)
+    windows, indices = [], torch.randint(125, (6, 3, 4, 4), dtype=torch.int32)
+    for i in range(6):
+        save_window(tmp_path / f"{i}.safetensors", {"indices": indices[i]}, 5.0)
+        windows.append({(tmp_path / f"{i}.safetensors",): slice(0, 9)})
+    data = LatentDataset(windows, [""] * 6, [str(i) for i in range(6)])
+    batches = TokenBatches(config, base.config, None)
+    own = medusa.own_videos(base, data, batches)
+    assert len(own) == 4 and own[3]["fps"] == 5.0
+    prompt = indices[3:4, 0].flatten(1).long()
+    assert torch.equal(own[3]["indices"].flatten(), base.generate(prompt)[0])
+    model, loss_of = medusa.build_model(config), medusa.MedusaLoss(config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    batch, log = batches.collate([own[i] for i in range(4)]), []
+    for _ in range(60):
+        loss, logs = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.append(logs)
+    assert log[0]["divergence"] < 1e-6 and log[-1]["divergence"] < 0.3
+    assert log[-1]["head1_cross_entropy"] < 0.5 * log[0]["head1_cross_entropy"]
+    assert not any("base" in name for name in model.state_dict())
+    direct = nn.functional.kl_div(
+        model.transformer(batch["tokens"]).logits.log_softmax(-1),
+        base(batch["tokens"]).logits.log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    torch.testing.assert_close(loss_of(model, batch)[1]["divergence"], direct.mean().detach(), atol=1e-6, rtol=1e-4)
+
+
 def test_medusa_settings_are_checked(settings, tmp_path):
     saved_base(tmp_path)
     for changes, message in (
         (dict(init_from=""), "give init_from"),
         (dict(medusa_num_heads=0), "medusa_num_heads must be at least 1"),
         (dict(train_text_encoder=True), "are stages of pretrain.py"),
+        (dict(own_videos=2, condition_frames=0), "own_videos must be >= 0, and needs condition_frames"),
     ):
         with pytest.raises(ValueError, match=message):
             medusa.MedusaConfig(**settings(**{"init_from": str(tmp_path)} | changes))

@@ -67,6 +67,26 @@ def _sums(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch
     return torch.stack([cross_entropy, denominator.square().sum()])
 
 
+def chunked_divergence(
+    head: nn.Module, hidden_states: torch.Tensor, base_head: nn.Module, base_states: torch.Tensor, chunk: int = 512
+) -> torch.Tensor:
+    """Mean over positions of KL(base || model) in nats: how far a model has gone from the one that it started as.
+
+    Hidden states [B, S, D] of both. Gradients go to `head` and `hidden_states` alone; logits exist for a chunk at a time.
+    """
+    pairs = zip(hidden_states.flatten(0, 1).split(chunk), base_states.flatten(0, 1).split(chunk), strict=True)
+    parts = [checkpoint(_divergence, head, states, base_head, base, use_reentrant=False) for states, base in pairs]
+    return torch.stack(parts).sum() / hidden_states[..., 0].numel()
+
+
+def _divergence(
+    head: nn.Module, states: torch.Tensor, base_head: nn.Module, base_states: torch.Tensor
+) -> torch.Tensor:
+    with torch.no_grad():
+        expected = base_head(base_states).float().log_softmax(-1)
+    return nn.functional.kl_div(head(states).float().log_softmax(-1), expected, reduction="sum", log_target=True)
+
+
 def ignored_tokens(config, latent_shape, condition_frames: int, as_reference: bool = False) -> int:
     """How many tokens at a video's start are given and no target: `<bov>` and the conditioning latent frames.
 

@@ -199,8 +199,12 @@ def _write_window(sample: dict, start: int, num_frames: int, tokenizer: CosmosVi
         if not torch.isfinite(latents).all():
             raise ValueError(f"the latents of {sample['key']!r} are not finite: look at the tokenizer's latents_std")
         tensors = {"latents": latents}
-    metadata = {"fps": repr(sample["fps"])}
-    _write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    save_window(path, tensors, sample["fps"])
+
+
+def save_window(path: Path, tensors: dict[str, torch.Tensor], fps: float):
+    """A file of `LatentDataset`: `latents`, or int32 `indices`, of one window."""
+    _write(path, lambda temporary: save_file(tensors, temporary, {"fps": repr(fps)}))
 
 
 def _write(path: Path, write):

@@ -1,14 +1,18 @@
 """Training of Medusa heads (arXiv 2501.03575, section 5.2.4): heads, the last layers and the output layer; the rest rests."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..models.ar_cosmos import CosmosARForCausalLM
-from ..models.ar_loss import chunked_loss
-from .autoregressive import ARWorldModel, AutoregressiveConfig
+from ..models.ar_loss import chunked_divergence, chunked_loss, ignored_tokens
+from ..models.medusa_cosmos import speculative_generate
+from .autoregressive import ARWorldModel, AutoregressiveConfig, TokenBatches
+from .cache import LatentDataset, model_hash, save_window
 
 
 @dataclass
@@ -19,6 +23,13 @@ class MedusaConfig(AutoregressiveConfig):
     train_output: bool = field(default=True, metadata={"help": "train the final norm and the output layer along"})
     head_weight: float = field(default=1.0, metadata={"help": "weight of the heads' losses against the next code's"})
     head_decay: float = field(default=0.8, metadata={"help": "each further head counts so much less"})
+    own_videos: int = field(
+        default=0,
+        metadata={
+            "help": "learn from so many videos that the network itself continues greedily from the clips' first frames, and stay "
+            "near its distribution (self-distillation); 0: from the clips"
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -28,19 +39,36 @@ class MedusaConfig(AutoregressiveConfig):
             raise ValueError("Medusa heads belong to a trained model: give init_from, the folder of its pipeline")
         if self.medusa_num_heads < 1 or self.train_last_layers < 0:
             raise ValueError("medusa_num_heads must be at least 1, train_last_layers must be >= 0")
+        if self.own_videos < 0 or (self.own_videos and not self.condition_frames):
+            raise ValueError("own_videos must be >= 0, and needs condition_frames, from which they are continued")
 
 
 class MedusaWorldModel(ARWorldModel):
-    """Losses of the next code and of every head's guess, through one `forward` for accelerate's wrappers."""
+    """Losses of the next code and of every head's guess, through one `forward` for accelerate's wrappers.
+
+    base: the network as it was, where what is trained shall keep its distribution. It is no part of what is saved.
+    """
+
+    def __init__(self, transformer: CosmosARForCausalLM, base: CosmosARForCausalLM | None = None):
+        super().__init__(transformer)
+        self._base = None if base is None else [ARWorldModel(base.requires_grad_(False))]  # in a list: not a submodule
 
     def forward(self, tokens, labels, latent_shape, text=None, keep=None):
-        """-> list of `ARLoss`: of the next code, then of each head."""
+        """-> (of the next code the loss, and its cross-entropy or its divergence from the base in nats; `ARLoss` of every head)."""
         states, network = self.states(tokens, latent_shape, text, keep), self.transformer
-        weight = network.config.z_loss_weight
-        losses = [chunked_loss(network.lm_head, states, labels, weight)]
-        for i, head in enumerate(network.medusa_heads):
-            losses.append(chunked_loss(network.lm_head, head(states), labels, 0.0, shift=i + 2))
-        return losses
+        if self._base is None:
+            loss = chunked_loss(network.lm_head, states, labels, network.config.z_loss_weight)
+            next_code, figure = loss.total, loss.cross_entropy
+        else:
+            base = self._base[0].to(states.device)
+            with torch.no_grad():
+                base_states = base.states(tokens, latent_shape, text, keep)
+            next_code = figure = chunked_divergence(network.lm_head, states, base.transformer.lm_head, base_states)
+        heads = [
+            chunked_loss(network.lm_head, head(states), labels, 0.0, shift=i + 2)
+            for i, head in enumerate(network.medusa_heads)
+        ]
+        return next_code, figure.detach(), heads
 
 
 def build_model(config: MedusaConfig) -> MedusaWorldModel:
@@ -60,7 +88,7 @@ def build_model(config: MedusaConfig) -> MedusaWorldModel:
     ends = [model.lm_head, model.model.norm] if config.train_output else []
     for part in (*model.medusa_heads, *last, *ends):
         part.requires_grad_(True)
-    return MedusaWorldModel(model)
+    return MedusaWorldModel(model, deepcopy(base) if config.own_videos else None)
 
 
 def add_heads(base: CosmosARForCausalLM, count: int) -> CosmosARForCausalLM:
@@ -74,6 +102,36 @@ def add_heads(base: CosmosARForCausalLM, count: int) -> CosmosARForCausalLM:
     return model
 
 
+@torch.no_grad()
+def own_videos(
+    network: CosmosARForCausalLM, data: LatentDataset, batches: TokenBatches, rank: int = 0, world_size: int = 1
+) -> LatentDataset:
+    """What the network makes, code by most probable code, of the first latent frames of the first `own_videos` clips.
+
+    Kept under `cache_dir` by the network's content; process `rank` of `world_size` generates its share, and the caller lets all
+    finish before training.
+    """
+    config, data = batches.config, data.first(batches.config.own_videos)
+    folder = Path(config.cache_dir) / f"own-{model_hash(network)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    windows = []
+    for i in tqdm(range(len(data)), desc="own videos", unit="clip", disable=not config.progress or rank > 0):
+        source, window = next(iter(data.windows[i].items()))
+        path = folder / source[0].name
+        windows.append({(path,): window})
+        if path.exists() or i % world_size != rank:
+            continue
+        sample = data[i]
+        batch = batches.collate([sample])
+        tokens, shape = batch["tokens"].to(network.device), batch["latent_shape"]
+        given = ignored_tokens(network.config, shape, config.condition_frames)
+        text = {"encoder_hidden_states": batch["text"].to(network.device)} if "text" in batch else {}
+        made = speculative_generate(network, tokens[:, :given], draft="previous_frame", latent_shape=shape, **text)
+        codes = made.sequences[0, -shape[0] * shape[1] * shape[2] :]
+        save_window(path, {"indices": codes.view(shape).int().cpu().contiguous()}, sample["fps"])
+    return LatentDataset(windows, data.captions, data.keys)
+
+
 class MedusaLoss:
     """`compute_loss` of `fit`."""
 
@@ -81,9 +139,9 @@ class MedusaLoss:
         self.config = config
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-        losses = model(batch["tokens"], batch["labels"], batch["latent_shape"], batch.get("text"))
-        total, logs = losses[0].total, {"cross_entropy": losses[0].cross_entropy.detach()}
-        for i, loss in enumerate(losses[1:]):
+        total, figure, heads = model(batch["tokens"], batch["labels"], batch["latent_shape"], batch.get("text"))
+        logs = {"divergence" if self.config.own_videos else "cross_entropy": figure}
+        for i, loss in enumerate(heads):
             total = total + self.config.head_weight * self.config.head_decay**i * loss.cross_entropy
             logs[f"head{i}_cross_entropy"] = loss.cross_entropy.detach()
         return total, logs
