@@ -82,24 +82,25 @@ def test_loss_falls_on_one_batch_and_every_part_learns(make):
     assert not idle, f"no gradient reaches {idle}"
 
 
-def test_clips_of_several_sizes_train_together(make, clips, tmp_path):
-    """Batches are of one size; the figures of validation sets of one name keep apart."""
+def test_clips_of_several_sizes_and_rates_train_together(make, clips, tmp_path):
+    """Batches are of one size and rate; the figures of validation sets of one name keep apart."""
     other = tmp_path / "wide" / Path(clips).name
     other.mkdir(parents=True)
-    for i in range(3):
-        write_video(other / f"clip{i}.mp4", torch.full((3, 9, 32, 48), 60 * i, dtype=torch.uint8), 5)
+    for i in range(6):
+        width, fps = (48, 5) if i < 3 else (32, 10)
+        write_video(other / f"clip{i}.mp4", torch.full((3, 9, 32, width), 30 * i, dtype=torch.uint8), fps)
         (other / f"clip{i}.txt").write_text("A grey wall.")
     config = make(data=[str(clips), str(other)], val_data=[str(clips), str(other)], max_steps=6)
     model, loss, data, texts, validation = assemble(config)
-    assert len(set(data.shapes)) == 2 and len(data.shapes) == len(data)
+    assert len(set(data.kinds)) == 3 and len(data.kinds) == len(data)
     seen = []
 
     def noting(model, batch):
-        seen.append(tuple(batch["latents"].shape[3:]))
+        seen.append((*batch["latents"].shape[3:], *batch["fps"].tolist()))
         return loss(model, batch)
 
     fit(model, noting, data, config, texts.collate, export=lambda model, folder: None)
-    assert len(set(seen)) == 2
+    assert len(set(seen)) == 3
     figures = validate(model, loss, texts, validation, 3)
     assert len(validation) == 2 and len(figures) == 4
 

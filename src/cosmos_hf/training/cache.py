@@ -86,9 +86,9 @@ class LatentDataset(Dataset):
         return LatentDataset(*(part[:count] for part in parts), **more)
 
     @cached_property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of every clip's latents, or indices, from the heads of the files: batches are made of clips of one shape."""
-        return [_shape(next(iter(windows))) for windows in self.windows]
+    def kinds(self) -> list[tuple[tuple[int, ...], float]]:
+        """Shape of every clip's latents, or indices, and its frames per second: a batch is of one kind (`ResumableSampler`)."""
+        return [_kind(next(iter(windows))) for windows in self.windows]
 
     @property
     def texts(self) -> list[str]:
@@ -111,9 +111,9 @@ class LatentDataset(Dataset):
         return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]} | sample
 
 
-def _shape(paths: tuple[Path, ...]) -> tuple[int, ...]:
+def _kind(paths: tuple[Path, ...]) -> tuple[tuple[int, ...], float]:
     with safe_open(paths[0], "pt") as file:
-        return tuple(file.get_slice(next(iter(file.keys()))).get_shape())
+        return tuple(file.get_slice(next(iter(file.keys()))).get_shape()), float(file.metadata()["fps"])
 
 
 def _read_window(path: Path) -> tuple[dict[str, torch.Tensor], float]:

@@ -138,7 +138,7 @@ class Run:
 
     def _batches(self, dataset, collate) -> Iterator[dict]:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        kinds = getattr(dataset, "shapes", None)  # of data of several sizes
+        kinds = getattr(dataset, "kinds", None)  # of data of several sizes and rates
         place = (config.seed, self.progress.samples, rank, world)
         sampler = ResumableSampler(len(dataset), *place, kinds=kinds, batch_size=config.batch_size)
         loader = DataLoader(
