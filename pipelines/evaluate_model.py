@@ -31,9 +31,10 @@ from cosmos_hf.evaluation.worlds import score_future, summarise_futures
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
 from cosmos_hf.pipelines.conditions import action_vectors
 from cosmos_hf.pipelines.encode import encode_prompts
+from cosmos_hf.pipelines.loading import pipeline_class
 from cosmos_hf.pipelines.scripting import provenance, report
 
-PIPELINES = {c.__name__: c for c in (CosmosVideo2WorldPipeline, CosmosAutoregressivePipeline)}
+PIPELINES = (CosmosVideo2WorldPipeline, CosmosAutoregressivePipeline)
 
 
 def main(argv=None):
@@ -53,7 +54,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with report(parser):
-        pipe = load(args.model).to(args.device)
+        pipe = pipeline_class(args.model, PIPELINES).from_pretrained(args.model).to(args.device)
         pipe.set_progress_bar_config(disable=True)
         if args.adapter:
             pipe.load_lora_weights(args.adapter)
@@ -82,14 +83,6 @@ def main(argv=None):
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
     print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")
-
-
-def load(folder):
-    """The pipeline that the folder's index names."""
-    name = CosmosVideo2WorldPipeline.load_config(folder)["_class_name"]
-    if name not in PIPELINES:
-        raise ValueError(f"--model {folder} holds a {name}; what is measured here is {' or '.join(PIPELINES)}")
-    return PIPELINES[name].from_pretrained(folder)
 
 
 def reconstructor(vae):

@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, preflight
+from cosmos_hf import CosmosAutoregressivePipeline, preflight
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
-
-PIPELINES = {c.__name__: c for c in (CosmosVideo2WorldPipeline, CosmosAutoregressivePipeline)}
+from cosmos_hf.pipelines.loading import pipeline_class
 
 
 def main(argv=None):
@@ -47,8 +46,7 @@ def main(argv=None):
 
 def bundle_pipeline(export: Path, target: Path) -> int:
     """Returns the number of frames of its videos."""
-    name = json.loads((export / "model_index.json").read_text())["_class_name"]
-    pipe = PIPELINES[name].from_pretrained(export)
+    pipe = pipeline_class(export).from_pretrained(export)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         if part is not None:
             part.to(torch.bfloat16)
@@ -61,7 +59,7 @@ def bundle_pipeline(export: Path, target: Path) -> int:
     for file in (target / "model_index.json", target / "tokenizer" / "tokenizer_config.json"):
         if file.exists():
             file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    if name == "CosmosVideo2WorldPipeline":
+    if not isinstance(pipe, CosmosAutoregressivePipeline):
         preflight(target, record=True)
     return pipe.config.num_frames
 

@@ -93,12 +93,12 @@ def export(model: WorldModel, folder: Path, config: PosttrainConfig, batches: Co
 def posttrain_autoregressive(argv):
     config = parse(ar.ARPosttrainConfig, argv)
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
-    data, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
+    data, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays, config.cameras)
     captions = [caption for dataset in validation.values() for caption in dataset.captions]
     texts = Texts(config, data.captions, captions) if config.has_text else None
-    spec, temporal = find_action_spec(config, data), vae.config.temporal_compression
-    model, changes = ar.build_model(config, spec, temporal)
-    batches = ar.ConditionTokens(config, model.transformer.config, texts, spec, temporal)
+    spec = find_action_spec(config, data)
+    model, changes = ar.build_model(config, spec, vae.config.temporal_compression)
+    batches = ar.ConditionTokens(config, model.transformer.config, texts, spec, vae)
     loss = ar.ARConditionedLoss(config)
     measure = dict(loss=loss, batches=batches, datasets=validation, batch_size=config.batch_size)
     fit(
@@ -115,15 +115,14 @@ def posttrain_autoregressive(argv):
 def export_autoregressive(model, folder: Path, config: ar.ARPosttrainConfig, changes: dict, batches, sample: dict):
     """Save the adapter or the pipeline, load it again and compare the loss of one sample."""
     if config.lora_rank:
-        ar.export_adapter(model, folder, config, changes, batches)
+        ar.export_adapter(model, folder, config, changes, batches, sample)
         again = load_trained(CosmosAutoregressivePipeline, folder, config)
     else:
         texts = batches.texts
         parts = {} if texts is None else {"tokenizer": texts.tokenizer, "text_encoder": texts.encoder}
         pipe = CosmosAutoregressivePipeline.from_pretrained(config.init_from, transformer=model.transformer, **parts)
-        settings = dict(
-            num_frames=config.num_frames, fps=sample["fps"], max_sequence_length=config.max_sequence_length
-        )
+        settings = ar.trained_on(config, batches, sample) | dict(views=config.views or None)
+        settings["max_sequence_length"] = config.max_sequence_length
         pipe.register_to_config(action_spec=batches.spec and asdict(batches.spec), **settings)
         pipe.save_pretrained(folder)
         again = CosmosAutoregressivePipeline.from_pretrained(folder)

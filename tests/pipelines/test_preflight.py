@@ -91,7 +91,7 @@ def test_folders_that_do_not_load(folder, tmp_path):
     edit_weights(folder / "transformer", lambda weights: weights.pop("proj_out.weight"))
     refused(folder, r"does not load: .*1 missing \['proj_out.weight'\]")
     edit(folder / "model_index.json", _class_name="CosmosOtherPipeline")
-    refused(folder, "names the pipeline CosmosOtherPipeline; there is a preflight for CosmosText2WorldPipeline")
+    refused(folder, "holds a CosmosOtherPipeline, what is needed here is CosmosText2WorldPipeline or")
     edit(folder / "transformer" / "config.json", _class_name="Other")
     refused(folder / "transformer", "names the class Other; there is a preflight for")
 

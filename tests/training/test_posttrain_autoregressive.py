@@ -83,21 +83,23 @@ def make(bases, data, cache, tmp_path):
 def assemble(config):
     torch.manual_seed(0)
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
-    dataset, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
+    dataset, validation = build_datasets(
+        config, vae, "instruction" in config.conditions, config.arrays, config.cameras
+    )
     texts = Texts(config, dataset.captions, []) if config.has_text else None
-    spec, temporal = find_action_spec(config, dataset), vae.config.temporal_compression
-    model, changes = ar.build_model(config, spec, temporal)
-    batches = ar.ConditionTokens(config, model.transformer.config, texts, spec, temporal)
+    spec = find_action_spec(config, dataset)
+    model, changes = ar.build_model(config, spec, vae.config.temporal_compression)
+    batches = ar.ConditionTokens(config, model.transformer.config, texts, spec, vae)
     return model, changes, ar.ARConditionedLoss(config), dataset, batches, validation
 
 
 def adapter_of(config, folder):
     """An adapter whose parts are all in use, and the transformer that it is of."""
-    model, changes, _, _, batches, _ = assemble(config)
+    model, changes, _, dataset, batches, _ = assemble(config)
     for parameter in model.transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    ar.export_adapter(model, folder, config, changes, batches)
+    ar.export_adapter(model, folder, config, changes, batches, dataset[0])
     return model.transformer.eval()
 
 
@@ -183,7 +185,7 @@ def test_a_start_that_is_not_the_base_stops_the_run(bases):
     ("conditions", "more", "message"),
     [
         (("action",), dict(init_from=""), "post-training starts from a pipeline"),
-        (("camera",), {}, "conditions of an autoregressive base must be one or both of action, instruction"),
+        (("camera",), {}, "conditions of an autoregressive base must be one or several of action, instruction, views"),
         (("action",), dict(top_p=0.5), "top_p cannot be set in post-training: the base's are kept"),
         (("action",), dict(lora_targets=["to_q"]), "'to_q' ends the name of no layer; a block has self_attn.q_proj"),
         (("action",), dict(action_spec="driving"), "actions have 7 numbers, 2 are needed for car"),

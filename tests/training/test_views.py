@@ -1,19 +1,15 @@
 """Post-training a single-view base on clips of several cameras: shards in, an adapter for the multi-view pipeline out."""
 
-import io
 import json
 import runpy
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cosmos_hf.conditioning.camera_paths import joystick_path
 from cosmos_hf.data.clips import open_clips
 from cosmos_hf.data.samples import SampleReader
-from cosmos_hf.data.video import write_video
 from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
@@ -38,33 +34,8 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A shard of four clips of three cameras, 13 frames of 32x48: a bar at a height of its own in each clip, seen in all views."""
-    folder = tmp_path_factory.mktemp("driving")
-    with tarfile.open(folder / "train-00000.tar", "w") as archive:
-
-        def add(name, content):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-
-        for i in range(4):
-            for v, view in enumerate(VIEWS):
-                frames = torch.full((3, 13, 32, 48), 60 + 20 * v, dtype=torch.uint8)
-                frames[0, :, 6 * i : 6 * i + 8, 8:40] = 220
-                write_video(folder / "view.mp4", frames, 5, crf=10)
-                add(f"clip-{i}.{view}.mp4", (folder / "view.mp4").read_bytes())
-            way = joystick_path(np.tile([0.0, 0.0, 0.1 * (i + 1), 0, 0, 0], (12, 1))).numpy()
-            packed = io.BytesIO()
-            intrinsics = np.repeat([[[40.0, 0, 24], [0, 40, 16], [0, 0, 1]]], 3, axis=0)
-            np.savez(
-                packed, intrinsics=intrinsics, extrinsics=np.repeat(way[None], 3, axis=0), actions=np.ones((12, 2))
-            )
-            add(f"clip-{i}.npz", packed.getvalue())
-            told = dict(caption="a robot arm", views=VIEWS, view_captions={"front": "the red cube"}, fps=5)
-            add(f"clip-{i}.json", json.dumps(told).encode())
-        (folder / "view.mp4").unlink()
-    return folder
+def data(clips_of_three_cameras):
+    return clips_of_three_cameras
 
 
 @pytest.fixture(scope="module")

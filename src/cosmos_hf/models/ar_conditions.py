@@ -1,7 +1,8 @@
-"""Conditions that an autoregressive base learns later: text and actions, each by cross-attention in its layers.
+"""Conditions that an autoregressive base learns later: text and actions, each by cross-attention in its layers, and views.
 
-The counterpart of `dit_conditions` for `condition_adapters`. The output projections of new attention start at zero, so that a
-model with new conditions at first computes what its base does, whatever the conditions are.
+The counterpart of `dit_conditions` for `condition_adapters`. The output projections of new attention and the vectors of views start
+at zero, so that a model with new conditions at first computes what its base does, whatever the conditions are; of several
+views for the first one, which at first is alone.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .ar_layers import CosmosARActionEmbedding, context_parts
 from .linear import speed_up
 
-ADDABLE = ("cross_attention_dim", "action_dim", "actions_per_frame")
+ADDABLE = ("cross_attention_dim", "action_dim", "actions_per_frame", "num_views")
 # What the layers' weights and the meaning of the tokens depend on; a base that differs in these is another one.
 BASE_FIELDS = (
     "vocab_size",
@@ -24,6 +25,7 @@ BASE_FIELDS = (
     "bov_token_id",
     "absolute_positions",
 )
+_EMBEDDINGS = {"action_dim": "action_embed", "num_views": "view_embed"}
 _ATTENTION = {"cross_attention_dim": "cross_attn", "action_dim": "action_attn"}
 
 
@@ -54,11 +56,19 @@ def extend_conditions(model, **changes):
                 setattr(layer, name, _started(model, part))
     if "action_dim" in changes:
         model.model.action_embed = _started(model, CosmosARActionEmbedding(config))
+    if "num_views" in changes:
+        time, height, width = config.latent_shape
+        config.latent_shape = [time, config.num_views * height, width]
+        model.model.view_embed = _started(model, nn.Embedding(config.num_views, config.hidden_size))
     model.train(model.training)
 
 
 def withdraw_conditions(model, **changes):
     """Undo `extend_conditions` with these changes, in place."""
+    if "num_views" in changes:
+        time, height, width = model.config.latent_shape
+        model.config.latent_shape = [time, height // model.config.num_views, width]
+        model.model.view_embed = None
     for name in changes:
         setattr(model.config, name, getattr(type(model.config), name))
     for layer in model.model.layers:
@@ -79,13 +89,14 @@ def added_parts(fields) -> tuple[str, ...]:
 def added_weights(model, changes: dict) -> dict[str, torch.Tensor]:
     """The weights of what `changes` added, as they stand in the model, by their names in it."""
     parts = added_parts(changes)
-    new = {*parts, *(f"{part}_layernorm" for part in parts)} | ({"action_embed"} if "action_dim" in changes else set())
+    new = {*parts, *(f"{part}_layernorm" for part in parts)}
+    new |= {part for field, part in _EMBEDDINGS.items() if field in changes}
     return {name: tensor for name, tensor in model.state_dict().items() if new & set(name.split("."))}
 
 
 def is_output(name: str) -> bool:
     """Whether a condition acts in proportion to this weight."""
-    return name.endswith(".o_proj.weight")
+    return name.endswith((".o_proj.weight", "view_embed.weight"))
 
 
 @torch.no_grad()
@@ -95,5 +106,7 @@ def _started(model, part: nn.Module) -> nn.Module:
         model._init_weights(module)
     if hasattr(part, "o_proj"):
         part.o_proj.weight.zero_()
+    if isinstance(part, nn.Embedding):
+        part.weight.zero_()
     speed_up(part)
     return part.to(model.device, model.dtype)

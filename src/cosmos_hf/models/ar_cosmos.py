@@ -1,8 +1,8 @@
 """The autoregressive world models (arXiv 2501.03575, section 5.2) as a causal language model over video codes.
 
-A video is a grid [T, H, W] of codes of the discrete tokenizer. The transformer is a Llama with normalised queries and keys and
-a rotary embedding in three dimensions; models that are told about text attend to T5 embeddings after every self-attention
-and begin with `<bov>`. Axes: B batch, S tokens, D width, L text tokens, V codes.
+A video is a grid [T, H, W] of codes of the discrete tokenizer, of several views one below the other. The transformer is a Llama
+with normalised queries and keys and a rotary embedding in three dimensions; models that are told about text attend to T5 embeddings
+after every self-attention and begin with `<bov>`. Axes: B batch, S tokens, D width, L text tokens, V codes.
 """
 
 import torch
@@ -29,6 +29,7 @@ from .ar_layers import (
     action_mask,
     projection,
     self_attention_cache,
+    view_of,
     with_context_cache,
 )
 from .ar_loss import chunked_loss
@@ -72,6 +73,7 @@ class CosmosARConfig(PreTrainedConfig):
         cross_attention_dim: width of the text embeddings; None: no text. cross_attention_every: in every n-th layer.
         action_dim: numbers that lead to a latent frame, which every layer attends to; None: no actions.
         actions_per_frame: how many actions these are, the tokenizer's temporal factor.
+        num_views: how many views a frame of the grid holds, one below the other; H is the height of all of them.
         yarn_scale, yarn_beta_fast, yarn_beta_slow, yarn_original_shape: context extension by YaRN; yarn_scale None: none.
         yarn_width_from_height: count the original height for the width, too, as the published 12B and 13B do.
         yarn_attention_temperature: apply YaRN's temperature; the published models were trained without.
@@ -108,6 +110,7 @@ class CosmosARConfig(PreTrainedConfig):
     cross_attention_every: int = 1
     action_dim: int | None = None
     actions_per_frame: int = 1
+    num_views: int = 1
     yarn_scale: float | None = None
     yarn_beta_fast: float = 4.0
     yarn_beta_slow: float = 1.0
@@ -150,6 +153,10 @@ class CosmosARConfig(PreTrainedConfig):
         if self.action_dim is not None and (self.action_dim < 1 or self.action_dim % self.actions_per_frame):
             raise ValueError(
                 f"action_dim must be a multiple of actions_per_frame, got {self.action_dim} and {self.actions_per_frame}"
+            )
+        if self.num_views < 1 or self.latent_shape[1] % self.num_views:
+            raise ValueError(
+                f"latent_shape {self.latent_shape} must have rows for num_views={self.num_views} views, one below the other"
             )
         if self.yarn_scale is not None:
             self.yarn_original_shape = list(check_latent_shape(self.yarn_original_shape, "yarn_original_shape"))
@@ -215,6 +222,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
         self.norm = CosmosARRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.positions = GridPositions(config)
         self.action_embed = None if config.action_dim is None else CosmosARActionEmbedding(config)
+        self.view_embed = None if config.num_views == 1 else nn.Embedding(config.num_views, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -257,6 +265,8 @@ class CosmosARModel(CosmosARPreTrainedModel):
         if position_ids is None:
             position_ids = default_positions(attention_mask, past, length, device)
         rotation, absolute = self.positions(position_ids, shape, inputs_embeds.dtype)
+        if self.view_embed is not None:
+            inputs_embeds = inputs_embeds + self.view_embed(view_of(config, position_ids, shape))
 
         # One new token sees all of the past, and a first chunk is causal by itself (flex attention apart): no mask is needed.
         causal = past == 0 and config._attn_implementation != "flex_attention" if isinstance(past, int) else False

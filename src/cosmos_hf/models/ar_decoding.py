@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ar_layers import CosmosARDecoderLayer, rotate, self_attention_cache
+from .ar_layers import CosmosARDecoderLayer, rotate, self_attention_cache, view_of
 
 WORTH_PACKING = 16  # codes from which on the copy pays: it takes as long as a few passes
 ROWS = 16  # for so many rows oneDNN chooses the order; it is good for one row, too
@@ -126,6 +126,8 @@ class PackedDecoder:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).repeat(groups, 1)
         context_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None]
         x = F.embedding(tokens, model.embed_tokens.weight)
+        if model.view_embed is not None:
+            x = x + model.view_embed(view_of(config, positions, shape))
         for i, layer in enumerate(self.layers):
             if absolute is not None and (i == 0 or config.absolute_positions == "every_layer"):
                 x = x + absolute

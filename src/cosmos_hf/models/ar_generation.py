@@ -36,6 +36,20 @@ class CodesOnly(LogitsProcessor):
         return scores
 
 
+class KnownCodes(LogitsProcessor):
+    """Codes that are given anywhere in a video are taken as they are: `known` [B, positions], -1 where they are not."""
+
+    def __init__(self, known: torch.Tensor):
+        self.known = known
+
+    def __call__(self, input_ids, scores):
+        codes = self.known[:, input_ids.shape[1]]
+        given = codes >= 0
+        scores[given] = -torch.inf
+        scores[given, codes[given]] = 0.0
+        return scores
+
+
 class CosmosARGenerationMixin(GenerationMixin):
     # Whether generation on a processor may hold the weights a second time while it runs (`ar_decoding`), for its speed.
     packs_weights = True

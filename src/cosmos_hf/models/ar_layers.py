@@ -1,7 +1,8 @@
 """Layers of the autoregressive world models (arXiv 2501.03575, section 5.2): positions on the latent grid, attention, blocks.
 
 Tokens are the codes of a latent grid [T, H, W], flattened with the width fastest; a model that is told about text has `<bov>`
-in front, which stands at no grid point. Axes: B batch, S positions, N heads, D width.
+in front, which stands at no grid point. Several views stand one below the other in a frame, each with the positions of a single
+one; H is the height of all. Axes: B batch, S positions, N heads, D width.
 """
 
 import math
@@ -39,10 +40,23 @@ def _yarn(frequencies: torch.Tensor, length: int, config) -> torch.Tensor:
     return frequencies * (kept + (1 - kept) / config.yarn_scale)
 
 
-def _grid(latent_shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    """Coordinates (time, height, width) of every token of the grid, each [T * H * W]."""
-    axes = torch.meshgrid(*(torch.arange(size) for size in latent_shape), indexing="ij")
+def _grid(config, latent_shape: tuple[int, int, int]) -> list[torch.Tensor]:
+    """Coordinates (time, height within the view, width) of every token of the grid, each [T * H * W]."""
+    time, height, width = latent_shape
+    if height % config.num_views:
+        raise ValueError(
+            f"latent_shape {list(latent_shape)}: {height} rows are not those of {config.num_views} views, one below the other"
+        )
+    rows = torch.arange(height) % (height // config.num_views)
+    axes = torch.meshgrid(torch.arange(time), rows, torch.arange(width), indexing="ij")
     return [axis.flatten() for axis in axes]
+
+
+def view_of(config, position_ids: torch.Tensor, latent_shape) -> torch.Tensor:
+    """The view in which every position stands; of `<bov>` the first."""
+    _, height, width = latent_shape
+    place = (position_ids - int(config.bov_token_id is not None)).clamp_min(0)
+    return place // width % height // (height // config.num_views)
 
 
 class GridPositions(nn.Module):
@@ -57,7 +71,7 @@ class GridPositions(nn.Module):
 
     def forward(self, position_ids, latent_shape, dtype) -> tuple[tuple, torch.Tensor | None]:
         """Position ids [B or 1, S] -> ((cos, signed sin) [B or 1, S, head_dim], absolute embedding [B or 1, S, D] or None)."""
-        key = (latent_shape, position_ids.device, dtype)
+        key = (latent_shape, self.config.num_views, position_ids.device, dtype)
         if key not in self._tables:
             if len(self._tables) >= 8:  # a served model may see many grids
                 self._tables.clear()
@@ -75,7 +89,7 @@ def rotation_table(config, latent_shape) -> tuple[torch.Tensor, torch.Tensor]:
 
     transformers' assisted generation looks at that place when it checks guesses at the very end.
     """
-    angles = [c[:, None] * f for c, f in zip(_grid(latent_shape), axis_frequencies(config), strict=True)]
+    angles = [c[:, None] * f for c, f in zip(_grid(config, latent_shape), axis_frequencies(config), strict=True)]
     angles = _framed(config, torch.cat(angles, dim=1).repeat(1, 2))
     # The reference computes YaRN's attention temperature and does not apply it.
     scale = 0.1 * math.log(config.yarn_scale) + 1 if config.yarn_scale and config.yarn_attention_temperature else 1.0
@@ -89,7 +103,7 @@ def absolute_table(config, latent_shape) -> torch.Tensor | None:
     spatial = 2 * (config.hidden_size // 6)
     sizes = (config.hidden_size - 2 * spatial, spatial, spatial)
     parts = []
-    for coordinate, size in zip(_grid(latent_shape), sizes, strict=True):
+    for coordinate, size in zip(_grid(config, latent_shape), sizes, strict=True):
         omega = 10000 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
         angle = coordinate[:, None] * omega
         parts += [angle.sin(), angle.cos()]

@@ -45,7 +45,7 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
     @property
     def views(self) -> tuple[str, ...] | None:
         """Names of the model's views: of the adapter that brought them, else the pipeline's own; None for a model of one view."""
-        count = getattr(self.transformer.config, "num_views", 1)  # autoregressive models have one
+        count = self.transformer.config.num_views
         if count == 1:
             return None
         told = [self._adapters[name][0].record.get("views") for name in self._present]
@@ -55,6 +55,12 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         if names is None:
             raise ValueError(f"nobody has named this model's {count} views: make the pipeline with views=[...]")
         return check_view_names(names, count)
+
+    @property
+    def trained_settings(self) -> dict:
+        """Size, frames and rate of the adapter's training, where an active one tells."""
+        told = (self._adapters[name][0].record.get("settings") for name in self._present)
+        return next((settings for settings in told if settings), {})
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """Load an adapter and make it active beside those that are: a folder that `training/posttrain.py` wrote, such a

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, T5EncoderModel, T5TokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from ..conditioning.action import ActionSpec
 from ..data.video import to_float
 from ..models.ar_cosmos import CosmosARForCausalLM
+from ..models.ar_generation import KnownCodes
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.medusa_cosmos import DRAFTS, speculative_generate
 from .adapters import ConditionAdaptersMixin
@@ -18,6 +19,7 @@ from .conditions import check_needed, checked_actions, expand_conditions, latent
 from .diffusion_decoder import CosmosDiffusionDecoderPipeline
 from .encode import check_size, check_text, count_prompts, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
+from .view_inputs import read_given_views, views_of_call
 
 # The published models were trained with one and with nine frames given, so more than nine are not taken unasked.
 DEFAULT_CONDITIONING_FRAMES = 9
@@ -37,10 +39,12 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
         action_spec: what actions mean (`cosmos_hf.conditioning.action.ActionSpec`), for a transformer that takes them.
+        views: names of the views of a transformer that has several.
 
-    `load_lora_weights` brings adapters, also such as bring actions or text (`training/posttrain.py`).
+    `load_lora_weights` brings adapters, also such as bring actions, text or views (`training/posttrain.py`).
     """
 
+    takes_views = True
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["tokenizer", "text_encoder", "diffusion_decoder"]
 
@@ -59,6 +63,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         top_p: float = 0.8,
         max_sequence_length: int = 512,
         action_spec: ActionSpec | dict | None = None,
+        views: list[str] | None = None,
     ):
         super().__init__()
         if vae.config.quantizer is None:
@@ -84,6 +89,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             top_p=top_p,
             max_sequence_length=max_sequence_length,
             action_spec=None if action_spec is None else asdict(ActionSpec.of(action_spec)),
+            views=views,
         )
         self.start_adapters()
 
@@ -165,9 +171,12 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             image, video: exactly one of them: a path, PIL image (a list of them is a video), array or tensor as
                 `cosmos_hf.data.video.read_video` takes it, or a list of such, one per prompt. Resized until the output's size
                 is covered and cropped to its centre; a file is resampled to `fps`, anything else is taken to have it.
+                Of a model of several views dicts by their names, of any of them, also both: an image gives a view's first frame, a
+                video its first frames, or the whole view. The first view needs one at least, unless the model has `<bov>`.
             prompt: a description, or a list, for models that attend to text; None continues without.
             num_conditioning_frames: how many of the video's last frames to continue from, 1 + k * the tokenizer's temporal
-                factor and less than num_frames; None takes the most that the video has, at most 9.
+                factor and less than num_frames; None takes the most that the video has, at most 9. Of several views as
+                `CosmosMultiViewPipeline` takes it.
             height, width: pixels, multiples of the tokenizer's factor: any latent grid.
             num_frames: pixel frames of the result, 1 + k * the tokenizer's temporal factor. What is longer than the
                 transformer's `latent_shape` is made by sliding windows over the codes, decoded in one piece.
@@ -182,10 +191,12 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             use_diffusion_decoder: whether the diffusion decoder makes the video, or the tokenizer; None: if there is one.
             decoder_options: of the diffusion decoder's call: num_inference_steps, guidance_scale, overlap_latent_frames, fps,
                 sampling.
-            output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'], which nothing decodes.
+            output_type: "pil", "np", "pt", or "latent" for the codes [B, T', H', W'], which nothing decodes. Of several views
+                the result's `frames` is a dict of such by their names.
 
         Raises ValueError for contradictions and sizes that the models cannot represent.
         """
+        places = views_of_call(self, None) if self.transformer.config.num_views > 1 else None
         run = self._resolve(height, width, num_frames, fps, temperature, top_p, output_type)
         check_needed(self, run, actions, None)
         steps = None if actions is None else checked_actions(self, actions, run["num_frames"], run["fps"])
@@ -200,30 +211,25 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             )
         if draft not in (None, *DRAFTS):
             raise ValueError(f"draft must be None or one of {', '.join(DRAFTS)}, got {draft!r}")
-        factor = self.vae.config.temporal_compression
-        most = run["num_frames"] - factor
-        if most < 1:
-            raise ValueError(f"num_frames={run['num_frames']} leaves nothing to generate: use at least {1 + factor}")
-        if num_conditioning_frames is None:
-            most = min(most, DEFAULT_CONDITIONING_FRAMES)
         overlap = self._overlap(overlap_latent_frames)
-        frames = read_conditioning(
-            image, video, num_conditioning_frames, most, factor, run["height"], run["width"], run["fps"]
-        )
-        items = max(count_prompts(prompt, prompt_embeds), len(frames), 1 if steps is None else len(steps))
-        frames = repeat_to_batch(frames, items, num_videos_per_prompt)
+        if places is None:
+            given = {"": self._given_frames(image, video, num_conditioning_frames, run)}
+        else:
+            given = read_given_views(self, image, video, num_conditioning_frames, places, run)
+        several = (len(frames) for frames in given.values())
+        items = max(count_prompts(prompt, prompt_embeds), 1 if steps is None else len(steps), *several)
         device, text = self._execution_device, None
         if steps is not None:
             steps = expand_conditions({"actions": steps}, items, num_videos_per_prompt)["actions"]
         if takes_text:
             texts = (prompt, None, prompt_embeds, None)
             text, _ = encode_prompts(self, *texts, items * num_videos_per_prompt, False, device)
-        # The tokenizer is causal: the codes of the given frames do not depend on what follows, so nothing is padded.
-        pixels = to_float(frames).to(device, self.vae.dtype)
-        codes = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # item by item: bounded memory
-        total = self.vae.latent_frames(run["num_frames"])
-        codes = self._continue(codes, total, overlap, run, generator, text, steps, draft)
-        if decoder_options is None:
+        codes = self._known_codes(given, places or ("",), items, num_videos_per_prompt, run)
+        codes = self._continue(codes, overlap, run, generator, text, steps, draft)
+        if places is not None:
+            parts = zip(places, codes.chunk(len(places), dim=2), strict=True)
+            frames = {name: decode_indices(self.vae, part, output_type) for name, part in parts}
+        elif decoder_options is None:
             frames = decode_indices(self.vae, codes, output_type)
         else:
             told = self.diffusion_decoder.config.takes_text and (prompt is not None or prompt_embeds is not None)
@@ -233,11 +239,12 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
 
     def _resolve(self, height, width, num_frames, fps, temperature, top_p, output_type) -> dict:
-        """The arguments of a call, over the pipeline's own settings; checked."""
+        """The arguments of a call, over what an adapter of several views was trained on and the pipeline's own; checked."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         given = dict(height=height, width=width, num_frames=num_frames, fps=fps, temperature=temperature, top_p=top_p)
-        run = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        own = dict(self.config) | (self.trained_settings if self.transformer.config.num_views > 1 else {})
+        run = {name: own[name] if value is None else value for name, value in given.items()}
         check_size(self, run["height"], run["width"], run["num_frames"])
         if run["temperature"] < 0 or not 0 <= run["top_p"] <= 1:
             raise ValueError(
@@ -256,7 +263,10 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             raise ValueError(
                 "output_type='latent' gives the codes, which nothing decodes: leave use_diffusion_decoder out"
             )
-        used = decoder is not None and use is not False and output_type != "latent"
+        several = self.transformer.config.num_views > 1
+        if use and several:
+            raise ValueError("a diffusion decoder makes videos of one view: leave use_diffusion_decoder out")
+        used = decoder is not None and use is not False and output_type != "latent" and not several
         if not used:
             if options is not None:
                 raise ValueError("decoder_options would be ignored: the diffusion decoder is not used in this call")
@@ -279,47 +289,80 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             )
         return overlap
 
-    def _continue(
-        self, codes, latent_frames: int, overlap: int, run: dict, generator, text, actions, draft
-    ) -> torch.Tensor:
-        """Codes [B, t, H', W'] -> [B, latent_frames, H', W'], window by window; a window sees the last `overlap` frames,
-        the first one all that is given and fits."""
-        config = self.transformer.config
-        window, (height, width) = config.latent_shape[0], codes.shape[2:]
+    def _given_frames(self, image, video, count: int | None, run: dict) -> torch.Tensor:
+        """The frames to continue, uint8 [B, 3, n, H, W]."""
+        factor = self.vae.config.temporal_compression
+        most = run["num_frames"] - factor
+        if most < 1:
+            raise ValueError(f"num_frames={run['num_frames']} leaves nothing to generate: use at least {1 + factor}")
+        if count is None:
+            most = min(most, DEFAULT_CONDITIONING_FRAMES)
+        return read_conditioning(image, video, count, most, factor, run["height"], run["width"], run["fps"])
+
+    def _known_codes(self, given: dict[str, torch.Tensor], views, items: int, repeats: int, run: dict) -> torch.Tensor:
+        """The codes of the given frames in the video's grid [B, T', V H', W'], -1 where they are to be generated."""
+        factor = self.vae.config.spatial_compression
+        height, width = run["height"] // factor, run["width"] // factor
+        size = (items * repeats, self.vae.latent_frames(run["num_frames"]), len(views) * height, width)
+        codes = torch.full(size, -1, device=self._execution_device)
+        for place, name in enumerate(views):
+            if name in given:
+                # The tokenizer is causal: the codes of the given frames do not depend on what follows, so nothing is padded.
+                pixels = to_float(repeat_to_batch(given[name], items, repeats)).to(codes.device, self.vae.dtype)
+                known = torch.cat([self.vae.encode(item[None]).indices for item in pixels])  # bounded memory
+                codes[:, : known.shape[1], place * height : (place + 1) * height] = known
+        if codes[0, 0, 0, 0] < 0 and self.transformer.config.bov_token_id is None:
+            raise ValueError(
+                f"the first frame of the first view ({next(iter(views))}) must be given: codes follow from there, view by view"
+            )
+        return codes
+
+    def _continue(self, codes, overlap: int, run: dict, generator, text, actions, draft) -> torch.Tensor:
+        """Fill the grid [B, T', H', W'] where it is -1, window by window; a window sees the last `overlap` latent frames, the
+        first one all that is given and fits."""
+        config, factor = self.transformer.config, self.vae.config.temporal_compression
+        window, (total, height, width) = config.latent_shape[0], codes.shape[1:]
+        bov = () if config.bov_token_id is None else (config.bov_token_id,)
         options = {} if text is None else {"encoder_hidden_states": text}
         sampled = run["temperature"] > 0 and run["top_p"] > 0
         if sampled:
             options |= dict(temperature=float(run["temperature"]), top_p=float(run["top_p"]), generator=generator)
-        with self.progress_bar(total=(latent_frames - codes.shape[1]) * height * width) as bar:
-            while codes.shape[1] < latent_frames:
-                seen = codes[:, -overlap:] if codes.shape[1] >= window else codes
-                new = min(window - seen.shape[1], latent_frames - codes.shape[1])
-                prompt = seen.flatten(1)
-                if config.bov_token_id is not None:
-                    prompt = torch.cat([prompt.new_full((len(prompt), 1), config.bov_token_id), prompt], dim=1)
-                grid = (seen.shape[1] + new, height, width)
+        done = _leading(codes) // (height * width)  # latent frames
+        with self.progress_bar(total=total * height * width - _leading(codes)) as bar:
+            while done < total:
+                start = done - overlap if done >= window else 0
+                end = min(start + window, total)
+                known = codes[:, start:end].flatten(1)
+                known = torch.cat([known.new_tensor(bov).expand(len(known), -1), known], dim=1)
+                given = len(bov) + _leading(codes[:, start:end])
+                grid = (end - start, height, width)
                 if actions is not None:
-                    factor, start = self.vae.config.temporal_compression, codes.shape[1] - seen.shape[1]
-                    window_actions = actions[:, factor * start : factor * (start + grid[0] - 1)]
+                    window_actions = actions[:, factor * start : factor * (end - 1)]
                     options["actions"] = latent_actions(self, window_actions).to(codes.device)
-                if draft is not None:
-                    tokens = speculative_generate(
-                        self.transformer, prompt, draft=draft, latent_shape=grid, streamer=_Progress(bar), **options
-                    ).sequences
-                else:
-                    # A growing cache is copied for every code; on accelerators a fixed one would be compiled for every grid.
-                    cache = "static" if prompt.device.type == "cpu" else None
-                    tokens = self.transformer.generate(
-                        prompt,
-                        do_sample=sampled,
-                        cache_implementation=cache,
-                        latent_shape=grid,
-                        streamer=_Progress(bar),
-                        **options,
-                    )
-                tokens = tokens[:, prompt.shape[1] :].view(-1, new, height, width)
-                codes = torch.cat([codes, tokens], dim=1)
+                tokens = self._generate(known, given, grid, draft, sampled, _Progress(bar), options)
+                codes[:, start:end] = tokens[:, len(bov) :].view(-1, *grid)
+                done = end
         return codes
+
+    def _generate(self, known, given: int, grid, draft, sampled: bool, streamer, options: dict) -> torch.Tensor:
+        """All tokens of a window from the first `given` of them, [B, S]; others that are not -1 stay as they are."""
+        options = dict(options, latent_shape=grid, streamer=streamer)
+        scattered = bool((known[:, given:] >= 0).any())
+        if draft is not None:
+            if scattered:
+                raise ValueError("draft guesses what comes next and cannot skip codes that are given: leave it out")
+            return speculative_generate(self.transformer, known[:, :given], draft=draft, **options).sequences
+        if scattered:
+            options["logits_processor"] = LogitsProcessorList([KnownCodes(known)])
+        # A growing cache is copied for every code; on accelerators a fixed one would be compiled for every grid.
+        cache = "static" if known.device.type == "cpu" else None
+        return self.transformer.generate(known[:, :given], do_sample=sampled, cache_implementation=cache, **options)
+
+
+def _leading(codes: torch.Tensor) -> int:
+    """How many codes of a grid [B, T, H, W] are known in front of the first that is not; the same for all items."""
+    unknown = (codes[0].flatten() < 0).nonzero()
+    return int(unknown[0]) if len(unknown) else codes[0].numel()
 
 
 def _check_text_width(ours: int, theirs: int):

@@ -34,7 +34,7 @@ def read_conditions(pipe, run: dict, actions, camera) -> dict[str, torch.Tensor]
 
 def check_needed(pipe, run: dict, actions, camera):
     """ValueError for a condition that the model of the pipeline cannot use, or that it lacks."""
-    views = getattr(pipe.transformer.config, "num_views", 1)  # autoregressive models have one
+    views = pipe.transformer.config.num_views
     if views > 1 and not pipe.takes_views:
         raise ValueError(
             f"this pipeline's model has {views} views: call it through CosmosMultiViewPipeline, which "

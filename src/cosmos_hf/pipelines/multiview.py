@@ -132,9 +132,3 @@ class CosmosMultiViewPipeline(CosmosText2WorldPipeline):
             conditions=expand_conditions(conditions, items, num_videos_per_prompt),
             views=places,
         )
-
-    @property
-    def trained_settings(self) -> dict:
-        """Size, frames and rate of the adapter's training, where an active one tells."""
-        told = (self._adapters[name][0].record.get("settings") for name in self._present)
-        return next((settings for settings in told if settings), {})

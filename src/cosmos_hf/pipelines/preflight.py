@@ -88,8 +88,10 @@ def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
     """(pipeline or None, its parts), strictly; PreflightError where the folder does not load."""
     try:
         if (folder / "model_index.json").exists():
-            index = json.loads((folder / "model_index.json").read_text())
-            pipeline = _pipeline_class(index["_class_name"]).from_pretrained(folder, **options)
+            from .loading import OURS, pipeline_class  # which imports every pipeline
+
+            diffusion = tuple(cls for cls in OURS if cls.__name__ != "CosmosAutoregressivePipeline")
+            pipeline = pipeline_class(folder, diffusion).from_pretrained(folder, **options)
             return pipeline, _parts(pipeline)
         if (folder / "config.json").exists():
             class_name = json.loads((folder / "config.json").read_text())["_class_name"]
@@ -104,28 +106,6 @@ def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
 
 def _has_settings(folder: Path) -> bool:
     return "num_frames" in json.loads((folder / "model_index.json").read_text())
-
-
-def _pipeline_class(class_name: str):
-    from .diffusion_decoder import CosmosDiffusionDecoderPipeline
-    from .multiview import CosmosMultiViewPipeline
-    from .text2world import CosmosText2WorldPipeline
-    from .video2world import CosmosVideo2WorldPipeline
-
-    classes = (
-        CosmosText2WorldPipeline,
-        CosmosVideo2WorldPipeline,
-        CosmosMultiViewPipeline,
-        CosmosDiffusionDecoderPipeline,
-    )
-    known = {cls.__name__: cls for cls in classes}
-    known |= {
-        "CosmosTextToWorldPipeline": CosmosText2WorldPipeline,  # as published for diffusers
-        "CosmosVideoToWorldPipeline": CosmosVideo2WorldPipeline,
-    }
-    if class_name not in known:
-        raise ValueError(f"its index names the pipeline {class_name}; there is a preflight for {', '.join(known)}")
-    return known[class_name]
 
 
 def _component_class(class_name: str):

@@ -94,7 +94,9 @@ def read_given_views(pipe, image, video, count, views, run: dict) -> dict[str, t
     image, video = image or {}, video or {}
     if twice := sorted(image.keys() & video.keys()):
         raise ValueError(f"image and video are both given for {', '.join(twice)}")
-    if (image or video) and not pipe.transformer.takes_condition_mask:
+    if (image or video) and not getattr(
+        pipe.transformer, "takes_condition_mask", True
+    ):  # autoregressive ones always do
         raise ValueError("this transformer is text-to-world and cannot be given frames: give prompts alone")
     if isinstance(count, dict):
         check_known_views("num_conditioning_frames", count, list(video))

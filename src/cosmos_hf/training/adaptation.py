@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..conditioning.action import ActionSpec
+from ..conditioning.views import check_view_names
 from ..models.condition_adapters import ConditionAdapter
 from ..models.four_bit import blocks_of, check_available, four_bit_blocks
 from .cache import LatentDataset
@@ -85,6 +86,25 @@ def pipeline_settings(folder: str) -> dict:
     """What `model_index.json` of a pipeline's folder says; empty where there is none."""
     index = Path(folder) / "model_index.json"
     return json.loads(index.read_text()) if index.exists() else {}
+
+
+def check_run_views(views: list[str], base_views: list[str] | None, learned: bool) -> list[str]:
+    """The cameras of a run: those that are named where views are `learned`, else those of the base.
+
+    ValueError where these disagree.
+    """
+    if learned:
+        if base_views:
+            raise ValueError(f"the base has the views {', '.join(base_views)} already: leave views out of conditions")
+        if len(check_view_names(views)) < 2:
+            raise ValueError(f"views must name at least two cameras of the clips, got {views}")
+    elif base_views:
+        views = views or list(base_views)
+        if views != list(base_views):
+            raise ValueError(f"the base has the views {', '.join(base_views)}, not {', '.join(views)}")
+    elif views:
+        raise ValueError("views names cameras, but the base has one view: add views to conditions")
+    return views
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ def model_hash(model: nn.Module) -> str:
 class LatentDataset(Dataset):
     """Windows of clips as latents. A sample: `latents` float32 [C, T', H', W'] (normalised), or the `indices` int64
     [T', H', W'] of a discrete tokenizer; `fps`, `caption`, `key`; and the window of the clip's `arrays`.
-    Of a clip of several views, T' is those of all views, one view after the other, and there are `views` and `view_captions`.
+    Of a clip of several views, T' is those of all views, one view after the other, or of indices H' the rows of all, one view below
+    the other; and there are `views` and `view_captions`.
 
     Args:
         windows: per clip the files of its windows, one for each view, and the pixel frames that each holds.
@@ -105,10 +106,15 @@ class LatentDataset(Dataset):
         parts = [_read_window(path) for path in paths]
         (coded, fps), sample = parts[0], dict(self.arrays[index])
         if self.views is not None:
-            coded = {name: join_views(torch.stack([part[name] for part, _ in parts]), dim=0) for name in coded}
+            coded = {name: _join(name, [part[name] for part, _ in parts]) for name in coded}
             sample |= {"views": list(self.views), "view_captions": self.view_captions[index]}
         window_arrays(sample, window)
         return coded | {"fps": fps, "caption": self.captions[index], "key": self.keys[index]} | sample
+
+
+def _join(name: str, views: list[torch.Tensor]) -> torch.Tensor:
+    """What a tokenizer made of several views as the world model of its kind takes it."""
+    return torch.cat(views, dim=1) if name == "indices" else join_views(torch.stack(views), dim=0)
 
 
 def _kind(paths: tuple[Path, ...]) -> tuple[tuple[int, ...], float]:
@@ -147,8 +153,6 @@ def cache_latents(
     folder = Path(folder) / f"latents-{model_hash(tokenizer)}"
     folder.mkdir(parents=True, exist_ok=True)
     several = clips.reader.views is not None and not isinstance(clips.reader.views, str)
-    if several and tokenizer.config.quantizer is not None:
-        raise ValueError("several views need a continuous tokenizer")
     windows, captions, keys, beside, texts = [], [], [], [], []
     for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
         files, key = clips.files(i), clips.key(i)

@@ -15,7 +15,7 @@ import torch
 from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
 from ..conditioning.camera import plucker_rays
 from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_spec, trajectory_vector
-from ..conditioning.views import check_view_names, join_views
+from ..conditioning.views import join_views
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
@@ -24,6 +24,7 @@ from .adaptation import (
     AdapterSettings,
     add_lora,
     check_init_from,
+    check_run_views,
     check_same_output,
     freeze,
     pipeline_settings,
@@ -85,19 +86,7 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         self._check_views(settings.get("views"))
 
     def _check_views(self, base_views: list[str] | None):
-        if "views" in self.conditions:
-            if base_views:
-                raise ValueError(
-                    f"the base has the views {', '.join(base_views)} already: leave views out of conditions"
-                )
-            if len(check_view_names(self.views)) < 2:
-                raise ValueError(f"views must name at least two cameras of the clips, got {self.views}")
-        elif base_views:
-            self.views = self.views or list(base_views)
-            if self.views != list(base_views):
-                raise ValueError(f"the base has the views {', '.join(base_views)}, not {', '.join(self.views)}")
-        elif self.views:
-            raise ValueError("views names cameras, but the base has one view: add views to conditions")
+        self.views = check_run_views(self.views, base_views, "views" in self.conditions)
         if self.views_per_step and not 2 <= self.views_per_step <= len(self.views):
             raise ValueError(f"views_per_step must be 0 (all) or 2 to {len(self.views)}, got {self.views_per_step}")
         if not 0 <= self.whole_views <= 1 or self.trajectory_points < 1:

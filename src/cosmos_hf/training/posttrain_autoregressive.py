@@ -1,7 +1,8 @@
-"""Post-training of an autoregressive world model with actions and instructions (arXiv 2501.03575, section 6.2).
+"""Post-training of an autoregressive world model with actions, instructions and views (arXiv 2501.03575, sections 6.2 and 6.3).
 
 As `posttrain` for the other family: from a pipeline's folder, by LoRA or in full, with new parts that start at zero and are kept
-with the adapter. Actions enter every layer by cross-attention; a base that knows no text gets cross-attention to that, too.
+with the adapter. Actions enter every layer by cross-attention; a base that knows no text gets cross-attention to that, too. The
+views of several cameras stand one below the other in a frame of codes.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from ..conditioning.action import ActionSpec, group_actions
 from ..models.ar_conditions import ADDABLE, added_parts, added_weights, extend_conditions, has_condition
 from ..models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED
+from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from .adaptation import (
     AdapterSettings,
     add_lora,
     check_init_from,
+    check_run_views,
     check_same_output,
     freeze,
     pipeline_settings,
@@ -38,6 +41,7 @@ from .cache import LatentDataset
 from .diffusion import Texts
 
 INPUTS = {"action": "actions", "instruction": "text"}  # condition -> what a batch calls it
+CONDITIONS = (*INPUTS, "views")
 # Settings of a training from scratch that a post-training takes from its base.
 OF_THE_BASE = ("preset", "train_text_encoder", "text_preset", "vocab_size", "add_cross_attention", "freeze_base")
 OF_THE_BASE += ("yarn_scale", "temperature", "top_p")
@@ -46,7 +50,11 @@ OF_THE_BASE += ("yarn_scale", "temperature", "top_p")
 @dataclass
 class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
     conditions: list[str] = field(
-        default_factory=list, metadata={"help": "what to learn: action, instruction, one or both"}
+        default_factory=list, metadata={"help": "what to learn: one or several of action, instruction, views"}
+    )
+    views: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names of the clips' cameras, in the order in which they are generated"},
     )
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -64,11 +72,12 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
         self.num_frames = self.num_frames or settings.get("num_frames", 33)
         self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
         super().__post_init__()
-        unknown = [name for name in self.conditions if name not in INPUTS]
+        unknown = [name for name in self.conditions if name not in CONDITIONS]
         if unknown or not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise ValueError(
-                f"conditions of an autoregressive base must be one or both of {', '.join(INPUTS)}, got {self.conditions}"
+                f"conditions of an autoregressive base must be one or several of {', '.join(CONDITIONS)}, got {self.conditions}"
             )
+        self.views = check_run_views(self.views, settings.get("views"), "views" in self.conditions)
         reads_text = base.get("cross_attention_dim") is not None or "instruction" in self.conditions
         if base and reads_text and not self.text_encoder:
             raise ValueError(
@@ -86,6 +95,11 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
         """What samples must have besides their videos and captions."""
         return ("actions",) if "action" in self.conditions else ()
 
+    @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """The cameras of a clip to read; None for clips of one."""
+        return tuple(self.views) or None
+
 
 class ConditionTokens(TokenBatches):
     """`TokenBatches` with `actions` [B, T', f A], and text that is zero for samples without a caption."""
@@ -96,10 +110,11 @@ class ConditionTokens(TokenBatches):
         model_config: CosmosARConfig,
         texts: Texts | None,
         spec: ActionSpec | None,
-        temporal: int,
+        vae: CosmosVideoTokenizer,
     ):
         super().__init__(config, model_config, texts)
-        self.spec, self.temporal = spec, temporal
+        self.spec = spec
+        self.spatial, self.temporal = vae.config.spatial_compression, vae.config.temporal_compression
 
     def collate(self, samples: list[dict]) -> dict:
         batch = super().collate(samples)
@@ -137,7 +152,7 @@ def build_model(config: ARPosttrainConfig, spec: ActionSpec | None, temporal: in
             for name in added_weights(transformer, changes):
                 transformer.get_parameter(name).requires_grad_(True)
 
-    check_step_zero(transformer, prepare)
+    check_step_zero(transformer, prepare, "views" in config.conditions)
     if config.gradient_checkpointing:
         transformer.gradient_checkpointing_enable()
     tell_trained(transformer)
@@ -153,6 +168,8 @@ def config_changes(config: ARPosttrainConfig, base: CosmosARConfig, spec: Action
         changes["cross_attention_dim"] = width
     elif config.has_text and base.cross_attention_dim != width:
         raise ValueError(f"the text encoder is {width} wide, the transformer takes {base.cross_attention_dim}")
+    if "views" in config.conditions:
+        changes["num_views"] = len(config.views)
     if spec is not None:
         changes |= {"action_dim": temporal * spec.num_inputs, "actions_per_frame": temporal}
         if base.action_dim is not None:
@@ -160,14 +177,15 @@ def config_changes(config: ARPosttrainConfig, base: CosmosARConfig, spec: Action
     return changes
 
 
-def check_step_zero(transformer: CosmosARForCausalLM, change):
-    """`check_same_output` of the logits of some codes, with conditions that are not zero."""
+def check_step_zero(transformer: CosmosARForCausalLM, change, new_views: bool = False):
+    """`check_same_output` of the logits of some codes, with conditions that are not zero; of new views for the first one."""
+    height, width = transformer.config.latent_shape[1:]
     mixed = any(parameter.dtype == torch.bfloat16 for parameter in transformer.parameters())
 
     def output():
         config, given = transformer.config, {}
         shape = (2, *config.latent_shape[1:])
-        count = min(config.num_positions(shape), 3 * shape[1] * shape[2] // 2)
+        count = min(config.num_positions(shape), 3 * height * width // 2)
         tokens = torch.arange(count)[None] * 7919 % config.codebook_size
         if config.cross_attention_dim is not None:
             text = torch.arange(3.0 * config.cross_attention_dim).cos().view(1, 3, -1)
@@ -175,7 +193,8 @@ def check_step_zero(transformer: CosmosARForCausalLM, change):
         if config.action_dim is not None:
             given["actions"] = torch.arange(2.0 * config.action_dim).sin().view(1, 2, -1)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            return transformer(tokens, latent_shape=shape, use_cache=False, **given).logits.float()
+            logits = transformer(tokens, latent_shape=shape, use_cache=False, **given).logits.float()
+        return logits[:, : height * width] if new_views else logits
 
     check_same_output(output, change)
 
@@ -218,7 +237,7 @@ class ARConditionedLoss(AutoregressiveLoss):
 
         figures, several = {}, len(batch["tokens"]) > 1
         error, states = evaluate(batch)
-        for name in self.config.conditions:
+        for name in (name for name in self.config.conditions if name in INPUTS):
             key = INPUTS[name]
             wrong, others = evaluate(batch | {key: batch[key].roll(1, 0)})
             change = (others - states).square().mean().sqrt() / states.square().mean().sqrt()
@@ -242,9 +261,17 @@ def validate_conditions(
 # ---- export --------------------------------------------------------------------------------------------------------
 
 
+def trained_on(config: ARPosttrainConfig, batches: ConditionTokens, sample: dict) -> dict:
+    """Settings of the run as a pipeline's, which differ from the base's where the clips do."""
+    rows, columns = sample["indices"].shape[1:]
+    height, width = rows // max(1, len(config.views)) * batches.spatial, columns * batches.spatial
+    return dict(height=height, width=width, num_frames=config.num_frames, fps=sample["fps"])
+
+
 def export_adapter(
-    model: ARWorldModel, folder: Path, config: ARPosttrainConfig, changes: dict, batches: ConditionTokens
+    model: ARWorldModel, folder: Path, config: ARPosttrainConfig, changes: dict, batches: ConditionTokens, sample: dict
 ):
-    """Write what was learned beside the base: LoRA, new modules, what actions mean."""
-    trained_on = {name: getattr(config, name) for name in ("num_frames", "max_sequence_length", "condition_dropout")}
-    save_adapter(model.transformer, Path(folder), changes, batches.spec, names=config.conditions, **trained_on)
+    """Write what was learned beside the base: LoRA, new modules, what actions mean, the views, and what it was trained on."""
+    told = {name: getattr(config, name) for name in ("num_frames", "max_sequence_length", "condition_dropout")}
+    told |= dict(settings=trained_on(config, batches, sample), **(dict(views=config.views) if config.views else {}))
+    save_adapter(model.transformer, Path(folder), changes, batches.spec, names=config.conditions, **told)
