@@ -106,7 +106,7 @@ def futures(pipe, samples: list[dict], count: int, args, sheet: Path) -> dict:
         rows[f"{label}: what really happened"] = samples[i]["video"][:, shown]
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows, [f"frame {t}" for t in shown]).save(sheet)
-    predicted = (videos[0].shape[1] - count) / pipe.config.fps
+    predicted = (videos[0].shape[1] - count) / samples[0]["fps"]
     return summarise_futures(scores) | {"seconds_per_generated_second": sum(took) / len(took) / predicted}
 
 
@@ -143,10 +143,14 @@ def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> tor
         options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     takes_text = pipe.text_encoder is not None
     conditions = {name: sample[name] for name in conditions_of(pipe)}
+    height, width = sample["video"].shape[2:]
     result = pipe(
         video=sample["video"][:, :count],
         prompt=caption if takes_text else None,
         num_conditioning_frames=count,
+        height=height,
+        width=width,
+        fps=sample["fps"],
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
         **options,

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5EncoderModel
 
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.training.diffusion import (
     DiffusionConfig,
     DiffusionLoss,
@@ -103,6 +105,34 @@ def test_clips_of_several_sizes_and_rates_train_together(make, clips, tmp_path):
     assert len(set(seen)) == 3
     figures = validate(model, loss, texts, validation, 3)
     assert len(validation) == 2 and len(figures) == 4
+
+
+def test_new_text_on_a_trained_base(make, clips, tmp_path):
+    """The transformer is the base's, vocabulary and text encoder begin anew, in the run's own folder."""
+    base = runpy.run_path(str(PRETRAIN))["main"]
+    known = vars(make(max_steps=1, output_dir=str(tmp_path / "base")))
+    flags = [
+        f"--{name}={value}" for name, value in known.items() if isinstance(value, (int, float, str)) and value != ""
+    ]
+    base([*flags, f"--data={clips}"])
+    export = tmp_path / "base" / "export"
+    told = sorted(p.name for p in export.iterdir())
+    for new in (False, True):
+        config = make(init_from=str(export), new_text=new, output_dir=str(tmp_path / f"run{new}"))
+        model, _, data, texts, _ = assemble(config)
+        mine, its = (
+            m.state_dict() for m in (model.text_encoder, T5EncoderModel.from_pretrained(export / "text_encoder"))
+        )
+        assert all(torch.equal(mine[name], its[name]) for name in its) != new
+        assert torch.equal(model.transformer.proj_out.weight, load_transformer(export).proj_out.weight)
+        assert (Path(config.output_dir) / "tokenizer").exists() == new
+    assert sorted(p.name for p in export.iterdir()) == told
+    with pytest.raises(ValueError, match="new_text replaces the trained text encoder of a base"):
+        make(new_text=True)
+
+
+def load_transformer(folder):
+    return CosmosWorldTransformer3D.from_pretrained(folder / "transformer")
 
 
 def test_resume_is_exact(make, tmp_path):

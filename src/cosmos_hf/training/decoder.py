@@ -67,6 +67,10 @@ class DecoderConfig(DiffusionConfig):
 
     def check_text(self):
         """Text is no must here."""
+        if self.new_text:
+            raise ValueError(
+                "new_text is for world models with a text encoder of their own; a decoder reads a frozen one's text"
+            )
 
     @property
     def has_text(self) -> bool:

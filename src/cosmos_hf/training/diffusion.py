@@ -46,6 +46,10 @@ class DiffusionConfig(RunConfig):
     train_text_encoder: bool = field(default=False, metadata={"help": "train a small T5 encoder and vocabulary along"})
     text_preset: str = field(default="nano", metadata={"help": "its size: a name in TEXT_PRESETS"})
     vocab_size: int = 1024
+    new_text: bool = field(
+        default=False,
+        metadata={"help": "with init_from: a new vocabulary and text encoder, for captions of other worlds"},
+    )
     text_encoder: str = field(default="", metadata={"help": "else: folder with text_encoder/ and tokenizer/, frozen"})
     max_sequence_length: int = field(
         default=512, metadata={"help": "text tokens; shorter texts are padded with zeros"}
@@ -77,6 +81,10 @@ class DiffusionConfig(RunConfig):
     def check_text(self):
         if self.train_text_encoder == bool(self.text_encoder):
             raise ValueError("give either train_text_encoder: true or the folder of a frozen text_encoder")
+        if self.new_text and not (self.train_text_encoder and self.init_from):
+            raise ValueError(
+                "new_text replaces the trained text encoder of a base: give init_from and train_text_encoder"
+            )
 
 
 class WorldModel(nn.Module):
@@ -121,7 +129,7 @@ def build_model(config: DiffusionConfig) -> WorldModel:
         raise ValueError(f"unknown preset {config.preset!r}; there is {', '.join(PRESETS)}")
     text_encoder = None
     if config.train_text_encoder:
-        if base:
+        if base and not config.new_text:
             text_encoder = T5EncoderModel.from_pretrained(base / "text_encoder")
         else:
             text_encoder = build_text_encoder(config.text_preset, config.vocab_size)
@@ -161,7 +169,10 @@ class Texts:
     def __init__(self, config: DiffusionConfig, captions: list[str], val_captions: list[str]):
         self.length, self.paths, self.encoder = config.max_sequence_length, None, None
         if config.train_text_encoder:
-            source = Path(config.init_from or config.output_dir) / "tokenizer"
+            source = Path(config.output_dir) / "tokenizer"
+            of_base = Path(config.init_from) / "tokenizer"
+            if config.init_from and not getattr(config, "new_text", False) and of_base.is_dir():
+                source = of_base
             with process_state().main_process_first():
                 self.tokenizer = load_or_train_vocabulary(source, captions, config.vocab_size)
             tokenize(self.tokenizer, sorted(set(captions + val_captions)), self.length)  # too long ones show up now

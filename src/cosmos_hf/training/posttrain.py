@@ -40,7 +40,16 @@ ARRAYS = {"camera": "camera", "action": "actions", "trajectory": "camera"}
 VIEW_EMBED_DIM = 6  # of the published multi-view models
 SPECS = {"bridge": BRIDGE, "driving": DRIVING}
 # Settings of a training from scratch that a post-training takes from its base.
-OF_THE_BASE = ("preset", "train_text_encoder", "text_preset", "vocab_size", "p_mean", "p_std", "scale_noise_by_frames")
+OF_THE_BASE = (
+    "preset",
+    "train_text_encoder",
+    "text_preset",
+    "vocab_size",
+    "new_text",
+    "p_mean",
+    "p_std",
+    "scale_noise_by_frames",
+)
 OF_THE_BASE += ("num_inference_steps", "guidance_scale")
 
 
