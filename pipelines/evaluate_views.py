@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cosmos_hf import CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
+from cosmos_hf import CosmosAutoregressivePipeline, CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.conditioning.camera import CameraPath
 from cosmos_hf.conditioning.trajectory import trajectory_points
 from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
 from cosmos_hf.evaluation.multiview import score_geometry, score_pictures, summarise_views
+from cosmos_hf.pipelines.loading import pipeline_class
 from cosmos_hf.pipelines.scripting import provenance, report
 
 GIVEN = ("frames", "view")
@@ -37,14 +38,17 @@ def main(argv=None):
     parser.add_argument("--num_clips", type=int, default=8, help="of each set")
     parser.add_argument("--views", nargs="+", help="of the model's views; default: all")
     parser.add_argument("--given", nargs="+", choices=GIVEN, default=list(GIVEN))
-    parser.add_argument("--num_inference_steps", type=int)
-    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--num_inference_steps", type=int, help="diffusion models")
+    parser.add_argument("--guidance_scale", type=float, help="diffusion models")
+    parser.add_argument("--temperature", type=float, help="autoregressive models")
     parser.add_argument("--compare_base", action="store_true", help="also the base alone, view by view")
     parser.add_argument("--truth_only", action="store_true", help="figures of the true videos and the tokenizer alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with report(parser):
-        pipe = CosmosMultiViewPipeline.from_pretrained(args.model).to(args.device)
+        autoregressive = pipeline_class(args.model) is CosmosAutoregressivePipeline
+        several = CosmosAutoregressivePipeline if autoregressive else CosmosMultiViewPipeline
+        pipe = several.from_pretrained(args.model).to(args.device)
         if args.adapter:
             pipe.load_lora_weights(args.adapter)
         pipe.set_progress_bar_config(disable=True)
@@ -67,7 +71,8 @@ def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
     entry, rows = {kind: [] for kind in kinds}, {}
     base = None
     if args.compare_base:
-        base = CosmosVideo2WorldPipeline.from_pretrained(args.model).to(args.device)
+        same = type(pipe) is CosmosAutoregressivePipeline
+        base = (type(pipe) if same else CosmosVideo2WorldPipeline).from_pretrained(args.model).to(args.device)
         base.set_progress_bar_config(disable=True)
     for seed in tqdm(range(min(args.num_clips, len(clips))), desc=name, unit="clip"):
         sample = clips[seed]
@@ -119,15 +124,11 @@ def generate(pipe, sample: dict, views: tuple[str, ...], given: str, seed: int, 
         more["image"] = {view: video[:, :1] for view, video in videos.items()}
     else:
         more["video"] = {views[0]: videos[views[0]]}
-    result = pipe(
-        prompt=dict(zip(views, sample["view_captions"], strict=True)),
-        views=list(views),
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-        **more,
-    )
+    if not isinstance(pipe, CosmosAutoregressivePipeline):
+        more |= dict(prompt=dict(zip(views, sample["view_captions"], strict=True)), views=list(views))
+    elif pipe.text_encoder is not None:
+        more["prompt"] = sample["caption"]
+    result = pipe(**more, **drawn(pipe, seed, args))
     return torch.stack([result.frames[view][0].transpose(0, 1).float().cpu() * 2 - 1 for view in views])
 
 
@@ -135,16 +136,21 @@ def alone(base, sample: dict, view: int, seed: int, args) -> torch.Tensor:
     video = sample["video"][view]
     result = base(
         image=video[:, :1],
-        prompt=sample["view_captions"][view],
+        prompt=None if base.text_encoder is None else sample["view_captions"][view],
         height=video.shape[2],
         width=video.shape[3],
         num_frames=video.shape[1],
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
+        **drawn(base, seed, args),
     )
     return result.frames[0].transpose(0, 1).float().cpu() * 2 - 1
+
+
+def drawn(pipe, seed: int, args) -> dict:
+    """How a call samples."""
+    how = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    if isinstance(pipe, CosmosAutoregressivePipeline):
+        how = dict(temperature=args.temperature)
+    return how | dict(generator=torch.Generator().manual_seed(seed), output_type="pt")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several cameras in a tiny autoregressive pipeline: post-training, its adapter, and generation from any of the views."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_decoding import PackedDecoder
 from cosmos_hf.models.ar_generation import KnownCodes
@@ -148,6 +150,27 @@ def test_any_views_are_given_and_the_others_generated(pipe):
     assert not torch.equal(other["right"][:, 1:], whole["right"][:, 1:])  # what is given matters to the others
     pictures = pipe(image=first, num_frames=13, generator=torch.Generator().manual_seed(0)).frames
     assert len(pictures["right"][0]) == 13 and pictures["right"][0][0].size == (48, 32)  # longer than the window
+
+
+def test_the_script_measures_it(base, adapter, clips_of_three_cameras, tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap", reason="needs the extra cosmos-hf[geometry]")
+    monkeypatch.setattr(geometry, "ENLARGED_HEIGHT", 64)  # the figures are not looked at here
+    flags = [
+        "--model",
+        str(base),
+        "--adapter",
+        str(adapter),
+        "--data",
+        str(clips_of_three_cameras),
+        "--num_clips",
+        "1",
+    ]
+    script = SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"
+    runpy.run_path(str(script))["main"](
+        [*flags, "--compare_base", "--device", "cpu", "--output", str(tmp_path / "views.json")]
+    )
+    figures = json.loads((tmp_path / "views.json").read_text())[clips_of_three_cameras.name]
+    assert {"truth", "reconstruction", "frames", "view", "base_frames"} == figures.keys()
 
 
 def test_a_seed_gives_the_same_video_alone_or_in_a_batch(pipe):
