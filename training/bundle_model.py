@@ -1,7 +1,7 @@
 """Make a bundled model of a run's export: bfloat16 weights, no paths of this machine, and a held-out example clip.
 
     python training/bundle_model.py --export runs/nano_video2world/export --clips datasets/tabletop/val_iid --clip 3 \\
-        --target src/cosmos_hf/nano/nano-video2world-tabletop
+        --target src/cosmos_hf/nano/nano-video2world
 
 An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16, without a clip.
 """

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-MODELS = {"video2world": "nano-video2world-tabletop", "autoregressive": "nano-autoregressive-tabletop"}
+MODELS = {"video2world": "nano-video2world", "autoregressive": "nano-autoregressive-tabletop"}
 
 
 def nano_path(name: str = "video2world") -> str:
