@@ -93,6 +93,12 @@ def test_a_card_has_front_matter_and_measured_figures(card):
     assert not [figure for figure in quoted if figure not in means]
 
 
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.parent.name)
+def test_a_card_names_no_folder_of_one_machine(card):
+    for file in card.parent.glob("*.json*"):
+        assert not re.search(r'"/\w', file.read_text()), file
+
+
 def leaves(node):
     """All means of an evaluation."""
     if isinstance(node, dict):

@@ -42,4 +42,6 @@ def test_few_channels_stay_plain():
     with torch.no_grad():
         assert not winograd.pays(x, torch.zeros(64, 32, 3, 3)) and winograd.pays(x, torch.zeros(64, 64, 3, 3))
         assert not winograd.pays(x, torch.zeros(64, 64, 3, 1)) and winograd.pays(x, torch.zeros(256, 256, 3, 1))
+        half = torch.bfloat16
+        assert not winograd.pays(x.to(half), torch.zeros(64, 64, 3, 3, dtype=half))
     assert not winograd.pays(x, torch.zeros(64, 64, 3, 3))

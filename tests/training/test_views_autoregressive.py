@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState
 
 from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
-from cosmos_hf.models.ar_decoding import PackedDecoder
 from cosmos_hf.models.ar_generation import KnownCodes
 from cosmos_hf.models.ar_layers import view_of
 from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
@@ -102,7 +101,6 @@ def test_every_way_to_generate_gives_the_same_codes():
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(tokens, greedy)
     assert torch.equal(speculative_generate(model, prompt, draft="previous_frame").sequences, greedy)
-    assert PackedDecoder(model) is not None
     known = torch.full((2, 72), -1)
     known[:, :24], known[:, 32:40] = prompt, torch.randint(1000, (2, 8))
     forced = model.generate(prompt, logits_processor=[KnownCodes(known)])

@@ -164,7 +164,11 @@ class ActionSpec:
 
     def accumulate(self, actions) -> torch.Tensor:
         """Where the actions [..., T - 1, A] up to each have led from the first frame on, in their units; a gripper's, which are
-        absolute, stay. Raises ValueError for turns of an end effector in another unit than "rad" or "rad x <number>"."""
+        absolute, stay.
+
+        Raises ValueError for an end effector whose three moves, or turns, differ in unit, or whose turns are not in "rad" or "rad x
+        <number>".
+        """
         actions = torch.as_tensor(actions)
         steps = actions.double()
         led_to = steps.cumsum(-2)
@@ -173,6 +177,11 @@ class ActionSpec:
             led_to[..., place] = steps[..., place]
         if self.frame == "end effector" and set(_POSE[:6]) <= set(self.names):
             places = [self.names.index(name) for name in _POSE[:6]]
+            for three in (places[:3], places[3:]):
+                if len(units := {self.units[place] for place in three}) > 1:
+                    raise ValueError(
+                        f"motions of an end effector add up in one unit, the spec has {', '.join(sorted(units))}"
+                    )
             radian = _radian(self.units[places[3]])
             clips = steps[..., places].reshape(-1, steps.shape[-2], 6).numpy()
             moved = [np.concatenate(compose_motions(clip[:, :3], clip[:, 3:] / radian), axis=1) for clip in clips]

@@ -44,10 +44,12 @@ def actions_from_states(states: np.ndarray) -> np.ndarray:
     return np.array(actions)
 
 
-def compose_motions(moves: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where motions [T, 3], each in the frame that the ones before led to, lead from the first frame on: positions in any unit,
-    Euler angles in radians, each [T, 3]."""
-    position, frame, positions, angles = np.zeros(3), np.eye(3), [], []
+def compose_motions(
+    moves: np.ndarray, turns: np.ndarray, frame: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where motions [T, 3], each in the frame that the ones before led to, lead from the origin on: positions in the moves'
+    unit and Euler angles in radians, each [T, 3]. frame: the first orientation [3, 3], default: none."""
+    position, frame, positions, angles = np.zeros(3), np.eye(3) if frame is None else frame, [], []
     for move, turn in zip(moves, turns, strict=True):
         position = position + frame @ move
         frame = frame @ rotation_from_euler(turn)
@@ -58,9 +60,6 @@ def compose_motions(moves: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, n
 
 def integrate_actions(start: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """The states [T, 7] that actions [T - 1, 7] lead to from a start state [7]: inverse of `actions_from_states`."""
-    states, position, frame = [start], start[:3], rotation_from_euler(start[3:6])
-    for action in actions:
-        position = position + frame @ (action[:3] / SCALE)
-        frame = frame @ rotation_from_euler(action[3:6] / SCALE)
-        states.append(np.concatenate([position, euler_from_rotation(frame), action[6:]]))
-    return np.array(states)
+    first = rotation_from_euler(start[3:6])
+    positions, angles = compose_motions(actions[:, :3] / SCALE, actions[:, 3:6] / SCALE, first)
+    return np.concatenate([start[None], np.concatenate([start[:3] + positions, angles, actions[:, 6:]], axis=1)])

@@ -216,7 +216,7 @@ def data_names(paths: Sequence[str | Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     if paths:
-        raise ValueError(f"a data set is named twice: {', '.join(paths)}")
+        raise ValueError(f"a data set is named twice: {', '.join(map(str, paths))}")
     return []
 
 

@@ -21,9 +21,13 @@ LEAST_CHANNELS, LEAST_CHANNELS_PER_TAP = 64, 256
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [..., C] is better convolved so with a weight [O, I, ...]: on a processor, in inference, with enough channels."""
+    """Whether x [..., C] is better convolved so with a weight [O, I, ...]: on a processor, in inference, with enough channels.
+
+    Not in 16 bits, where the sums would be rounded.
+    """
     least = LEAST_CHANNELS if weight.shape[-1] > 1 else LEAST_CHANNELS_PER_TAP
-    return x.device.type == "cpu" and in_inference() and min(weight.shape[:2]) >= least
+    exact = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and exact and in_inference() and min(weight.shape[:2]) >= least
 
 
 def minimal_taps(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,6 @@
 """Training of Medusa heads (arXiv 2501.03575, section 5.2.4): heads, the last layers and the output layer; the rest rests."""
 
-from copy import deepcopy
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def build_model(config: MedusaConfig) -> MedusaWorldModel:
     ends = [model.lm_head, model.model.norm] if config.train_output else []
     for part in (*model.medusa_heads, *last, *ends):
         part.requires_grad_(True)
-    return MedusaWorldModel(model, deepcopy(base) if config.own_videos else None)
+    return MedusaWorldModel(model, base if config.own_videos else None)
 
 
 def add_heads(base: CosmosARForCausalLM, count: int) -> CosmosARForCausalLM:
@@ -108,8 +108,8 @@ def own_videos(
 ) -> LatentDataset:
     """What the network makes, code by most probable code, of the first latent frames of the first `own_videos` clips.
 
-    Kept under `cache_dir` by the network's content; process `rank` of `world_size` generates its share, and the caller lets all
-    finish before training.
+    Kept under `cache_dir` by the content of network and clip, what is given of it, and the text where one is read. Process `rank`
+    of `world_size` generates its share, and the caller lets all finish before training.
     """
     config, data = batches.config, data.first(batches.config.own_videos)
     folder = Path(config.cache_dir) / f"own-{model_hash(network)}"
@@ -117,7 +117,8 @@ def own_videos(
     windows = []
     for i in tqdm(range(len(data)), desc="own videos", unit="clip", disable=not config.progress or rank > 0):
         source, window = next(iter(data.windows[i].items()))
-        path = folder / source[0].name
+        told = f"{source[0].stem} {config.condition_frames} {data.captions[i] if batches.texts else ''}"
+        path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
         windows.append({(path,): window})
         if path.exists() or i % world_size != rank:
             continue

@@ -15,6 +15,7 @@ from .rooms_scene import RoomSpec, build_model, sample_room
 VERSION = 1  # of the simulated content: raised when equal arguments give other clips
 SPLITS = ("train", "val_iid", "val_style", "val_trajectory", "val_counterfactual")
 FPS, HEIGHT, WIDTH, NUM_FRAMES = 10, 96, 128, 33
+MOST_ROOMS = 50  # that are tried for a clip
 # What the camera does and how often; "wander" is a smooth random joystick.
 KINDS = {
     "dolly_in": 0.1,
@@ -92,8 +93,13 @@ def simulate(
         kinds = (str(rng.choice(names, p=shares)),)
     else:
         kinds = PLANS
+    tries = 1
     while (paths := _sample_paths(rng, scene, kinds)) is None:  # about one room in a hundred is too full
-        scene = sample_room(rng, split)
+        if tries == MOST_ROOMS:
+            raise RuntimeError(
+                f"no free way of the kinds {kinds} in {tries} rooms: are the rooms too small for their furniture?"
+            )
+        scene, tries = sample_room(rng, split), tries + 1
     kind = plan or kinds[0]
     extrinsics = paths[kinds.index(kind)]
     frames, depth = _render(scene, extrinsics, renderer, truth)
