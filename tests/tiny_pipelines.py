@@ -2,13 +2,19 @@
 
 import torch
 
+from cosmos_hf.models.ar_cosmos import PRESETS as LANGUAGE
+from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import PRESETS as TRANSFORMERS
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.pipelines.diffusion_decoder import CosmosDiffusionDecoderPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
+
+SMALL = LANGUAGE["tiny"] | dict(vocab_size=1000, embedding_size=1064)
+TEXT = dict(cross_attention_dim=32, absolute_positions="every_layer", bov_token_id=1000)
 
 
 def components(preset: str) -> dict:
@@ -46,5 +52,23 @@ def diffusion_decoder(**changes) -> CosmosDiffusionDecoderPipeline:
     settings = dict(fsq_levels=(8, 5, 5, 5), code_temporal_compression=4, code_spatial_compression=16)
     settings |= dict(window_latent_frames=3, num_inference_steps=2, fps=5.0)
     pipe = CosmosDiffusionDecoderPipeline(**parts | settings | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def autoregressive(text: bool = False) -> CosmosAutoregressivePipeline:
+    torch.manual_seed(0)
+    parts = {}
+    if text:
+        vocabulary = train_vocabulary(["a robot arm picks up the red cube"], 300)
+        parts = dict(tokenizer=vocabulary, text_encoder=build_text_encoder("tiny", len(vocabulary)).eval())
+    transformer = CosmosARForCausalLM(CosmosARConfig(**SMALL | (TEXT if text else {}))).eval()
+    for name, parameter in transformer.named_parameters():  # large enough that every input matters
+        if "proj" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pipe = CosmosAutoregressivePipeline(
+        vae=CosmosVideoTokenizer(**TOKENIZERS["tiny-discrete"]).eval(), transformer=transformer, **parts,
+        height=32, width=32, num_frames=9, fps=5, max_sequence_length=16,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cosmos_hf import CosmosAutoregressivePipeline, preflight
+from cosmos_hf import preflight
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
 from cosmos_hf.pipelines.loading import pipeline_class
@@ -59,8 +59,7 @@ def bundle_pipeline(export: Path, target: Path) -> int:
     for file in (target / "model_index.json", target / "tokenizer" / "tokenizer_config.json"):
         if file.exists():
             file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    if not isinstance(pipe, CosmosAutoregressivePipeline):
-        preflight(target, record=True)
+    preflight(target, record=True)
     return pipe.config.num_frames
 
 

@@ -126,6 +126,7 @@ def export_autoregressive(model, folder: Path, config: ar.ARPosttrainConfig, cha
         pipe.register_to_config(action_spec=batches.spec and asdict(batches.spec), **settings)
         pipe.save_pretrained(folder)
         again = CosmosAutoregressivePipeline.from_pretrained(folder)
+        preflight(folder, record=True)
     with comparing(config, model.transformer.device):
         autoregressive.check_reload(model, autoregressive.ARWorldModel(again.transformer), batches.collate([sample]))
 

@@ -123,7 +123,7 @@ def train_autoregressive(argv):
 
 
 def export_autoregressive(model, folder: Path, config, batches, vae, sample: dict):
-    """Save the pipeline of the trained parts, load it again and compare the loss of one sample."""
+    """Save the pipeline of the trained parts, load it again, compare the loss of one sample, and check the folder (`preflight`)."""
     factor, texts = vae.config.spatial_compression, batches.texts
     pipeline = CosmosAutoregressivePipeline(
         vae=vae,
@@ -144,6 +144,7 @@ def export_autoregressive(model, folder: Path, config, batches, vae, sample: dic
     autoregressive.check_reload(
         model, autoregressive.ARWorldModel(again.transformer, encoder), batches.collate([sample])
     )
+    preflight(folder, record=True)
 
 
 if __name__ == "__main__":

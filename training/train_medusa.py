@@ -9,13 +9,13 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from cosmos_hf import CosmosAutoregressivePipeline
-from cosmos_hf.training.autoregressive import ARWorldModel, TokenBatches, check_reload, validate
+from cosmos_hf import CosmosAutoregressivePipeline, preflight
+from cosmos_hf.training.autoregressive import ARWorldModel, check_reload, validate
 from cosmos_hf.training.config import parse
 from cosmos_hf.training.devices import process_state
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import fit
-from cosmos_hf.training.medusa import MedusaConfig, MedusaLoss, build_model, own_videos
+from cosmos_hf.training.medusa import MedusaBatches, MedusaConfig, MedusaLoss, build_model, own_videos
 
 
 def main(argv=None):
@@ -29,7 +29,7 @@ def main(argv=None):
             config, data.captions, [caption for dataset in validation.values() for caption in dataset.captions]
         )
     model = build_model(config)
-    batches = TokenBatches(config, model.transformer.config, texts)
+    batches = MedusaBatches(config, model.transformer.config, texts)
     if config.own_videos:
         state = process_state()
         data = own_videos(pipe.transformer.to(state.device), data, batches, state.process_index, state.num_processes)
@@ -44,6 +44,7 @@ def main(argv=None):
         pipe.save_pretrained(folder)
         again = CosmosAutoregressivePipeline.from_pretrained(folder).transformer
         check_reload(plain(trained), ARWorldModel(again), batches.collate([data[0]]))
+        preflight(folder, record=True)
 
     measure = partial(validate, batches=batches, datasets=validation, batch_size=config.batch_size)
     fit(

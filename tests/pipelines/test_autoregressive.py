@@ -12,43 +12,23 @@ from PIL import Image
 
 from cosmos_hf import nano_path
 from cosmos_hf.data.video import read_video, to_float, write_video
-from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
+from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
-from cosmos_hf.training.text import build_text_encoder, train_vocabulary
+from tiny_pipelines import SMALL, TEXT, autoregressive
 
-SMALL = PRESETS["tiny"] | dict(vocab_size=1000, embedding_size=1064)
-TEXT = dict(cross_attention_dim=32, absolute_positions="every_layer", bov_token_id=1000)
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "ar_video2world.py"
-
-
-def build(text: bool) -> CosmosAutoregressivePipeline:
-    torch.manual_seed(0)
-    parts = {}
-    if text:
-        vocabulary = train_vocabulary(["a robot arm picks up the red cube"], 300)
-        parts = dict(tokenizer=vocabulary, text_encoder=build_text_encoder("tiny", len(vocabulary)).eval())
-    transformer = CosmosARForCausalLM(CosmosARConfig(**SMALL | (TEXT if text else {}))).eval()
-    for name, parameter in transformer.named_parameters():  # large enough that every input matters
-        if "proj" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    pipe = CosmosAutoregressivePipeline(
-        vae=CosmosVideoTokenizer(**TOKENIZERS["tiny-discrete"]).eval(), transformer=transformer, **parts,
-        height=32, width=32, num_frames=9, fps=5, max_sequence_length=16,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
 def with_text():
-    return build(True)
+    return autoregressive(text=True)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return build(False)
+    return autoregressive()
 
 
 def clip(frames, height=32, width=32, seed=0):

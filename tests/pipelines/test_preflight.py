@@ -11,9 +11,11 @@ from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.dit_conditions import add_conditions
 from cosmos_hf.models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
+from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.pipelines.preflight import PreflightError
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from tiny_pipelines import autoregressive, diffusion_decoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -24,14 +26,20 @@ def folder(video2world, tmp_path):
     return tmp_path / "pipe"
 
 
+@pytest.fixture
+def language_folder(tmp_path):
+    autoregressive(text=True).save_pretrained(tmp_path / "language")
+    return tmp_path / "language"
+
+
 def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def edit_weights(folder, change):
-    weights = load_file(folder / WEIGHTS)
+def edit_weights(folder, change, name=WEIGHTS):
+    weights = load_file(folder / name)
     change(weights)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / name, metadata={"format": "pt"})
 
 
 def refused(folder, message, **options):
@@ -65,6 +73,42 @@ def test_a_pipeline_in_memory(video2world):
 
 def test_the_bundled_model_passes():
     assert "transformer: CosmosWorldTransformer3D" in str(preflight(nano_path()))
+
+
+def test_autoregressive_folders(language_folder):
+    report = preflight(language_folder, record=True)
+    assert report.outputs.keys() == {"text_encoder", "transformer", "vae"}
+    for words in ("vae: discrete, ", "transformer: CosmosARForCausalLM", "windows of "):
+        assert words in str(report)
+    assert "all outputs equal" in str(preflight(language_folder))
+    assert "all outputs equal" in str(preflight(language_folder, torch_dtype=torch.bfloat16))
+    assert preflight(language_folder / "transformer", record=True).outputs.keys() == {"transformer"}
+    assert preflight(nano_path("autoregressive")).outputs
+    edit_weights(
+        language_folder / "transformer", lambda weights: weights["model.norm.weight"][3].zero_(), "model.safetensors"
+    )
+    refused(language_folder, "transformer does not compute what it did when the folder was made")
+
+
+def test_a_pipeline_within_a_pipeline(language_folder):
+    decoder = diffusion_decoder(code_spatial_compression=8)
+    pipe = CosmosAutoregressivePipeline.from_pretrained(language_folder, diffusion_decoder=decoder)
+    pipe.save_pretrained(language_folder)
+    report = preflight(language_folder)
+    assert "diffusion_decoder: transformer: CosmosWorldTransformer3D" in str(report)
+    assert {"diffusion_decoder.transformer", "diffusion_decoder.vae"} < report.outputs.keys()
+    edit_weights(
+        language_folder / "diffusion_decoder/vae", lambda weights: weights["quant_conv.bias"].fill_(float("nan"))
+    )
+    refused(language_folder, "diffusion_decoder: vae has 1 weights with values that are not finite")
+
+
+def test_the_parts_of_an_autoregressive_pipeline_must_fit(language_folder):
+    pipe = CosmosAutoregressivePipeline.from_pretrained(language_folder)
+    pipe.register_to_config(num_frames=8)
+    refused(pipe, "the pipeline's default size is impossible")
+    pipe.vae = CosmosVideoTokenizer(**TOKENIZERS["tiny"])
+    refused(pipe, "vae is a continuous tokenizer; an autoregressive pipeline needs a discrete one")
 
 
 def test_single_parts(folder):

@@ -351,14 +351,17 @@ def test_heads_learn_from_own_videos_and_the_network_stays(settings, tmp_path):
         save_window(tmp_path / f"{i}.safetensors", {"indices": indices[i]}, 5.0)
         windows.append({(tmp_path / f"{i}.safetensors",): slice(0, 9)})
     data = LatentDataset(windows, [""] * 6, [str(i) for i in range(6)])
-    batches = TokenBatches(config, base.config, None)
-    own = medusa.own_videos(base, data, batches)
-    assert len(own) == 4 and own[3]["fps"] == 5.0
+    batches = medusa.MedusaBatches(config, base.config, None)
+    pairs = medusa.own_videos(base, data, batches)
+    own = pairs.own
+    assert len(pairs) == 4 and own[3]["fps"] == 5.0
     prompt = indices[3:4, 0].flatten(1).long()
     assert torch.equal(own[3]["indices"].flatten(), base.generate(prompt)[0])
     model, loss_of = medusa.build_model(config), medusa.MedusaLoss(config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    batch, log = batches.collate([own[i] for i in range(4)]), []
+    batch, log = batches.collate([pairs[i, i + 2] for i in range(4)]), []
+    assert torch.equal(batch["tokens"][4:], indices[2:6].flatten(1).long())
+    assert (batch["labels"][4:] == -100).all() and (batch["labels"][:4, 16:] >= 0).all()
     for _ in range(60):
         loss, logs = loss_of(model, batch)
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ..models.ar_cosmos import CosmosARForCausalLM
 from .encode import check_size, encode_text
 
 PROBE_TEXT = "A robot arm picks up the red cube and puts it on the table."
@@ -35,12 +36,12 @@ def check_weights(name: str, part, facts: list[str], problems: list[str]):
 
 
 def check_statistics(name: str, part, facts: list[str], problems: list[str]):
-    """A pipeline's tokenizer says what its latents' mean and standard deviation are."""
+    """A pipeline's continuous tokenizer says what its latents' mean and standard deviation are."""
     if name != "vae":
         return
     mean, std = part.config.latents_mean, part.config.latents_std
     if part.config.quantizer is not None:
-        problems.append("vae is a discrete tokenizer; a diffusion pipeline needs a continuous one")
+        facts.append(f"vae: discrete, {part.fsq.codebook_size} codes")
         return
     if mean is None:
         problems.append(
@@ -82,7 +83,7 @@ CHECKS = (check_weights, check_statistics, check_scheduler)
 
 
 def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str]):
-    """Widths, channels, vocabulary and the pipeline's settings; parts that are absent are not compared.
+    """Widths, channels, codes, vocabulary and the pipeline's settings; parts that are absent are not compared.
 
     own_settings: whether the settings are those of this model; a folder published for diffusers has none.
     """
@@ -91,17 +92,16 @@ def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str
     if transformer is None:
         problems.append("the pipeline has no transformer")
         return
-    if encoder is not None and encoder.config.d_model != transformer.config.text_embed_dim:
-        problems.append(
-            f"text_encoder is {encoder.config.d_model} wide, the transformer takes {transformer.config.text_embed_dim} "
-            f"(text_embed_dim)"
-        )
+    autoregressive = isinstance(transformer, CosmosARForCausalLM)
+    field = "cross_attention_dim" if autoregressive else "text_embed_dim"
+    width = getattr(transformer.config, field)
+    if encoder is not None and encoder.config.d_model != width:
+        problems.append(f"text_encoder is {encoder.config.d_model} wide, the transformer takes {width} ({field})")
     if encoder is not None and tokenizer is not None and len(tokenizer) > encoder.config.vocab_size:
         problems.append(f"tokenizer has {len(tokenizer)} tokens, the text_encoder knows {encoder.config.vocab_size}")
-    if vae is not None and vae.config.latent_channels != transformer.config.out_channels:
-        problems.append(
-            f"vae has {vae.config.latent_channels} latent channels, the transformer {transformer.config.out_channels}"
-        )
+    misfit = None if vae is None else (_codes_misfit if autoregressive else _latents_misfit)(vae, transformer.config)
+    if misfit is not None:
+        problems.append(misfit)
     elif vae is not None:
         misfits = []
         if "num_frames" in pipeline.config:
@@ -116,6 +116,20 @@ def check_fit(pipeline, own_settings: bool, facts: list[str], problems: list[str
             )
 
 
+def _codes_misfit(vae, config) -> str | None:
+    if vae.config.quantizer is None:
+        return "vae is a continuous tokenizer; an autoregressive pipeline needs a discrete one"
+    if vae.fsq.codebook_size != config.codebook_size:
+        return f"vae has {vae.fsq.codebook_size} codes, the transformer {config.codebook_size} (codebook_size)"
+
+
+def _latents_misfit(vae, config) -> str | None:
+    if vae.config.quantizer is not None:
+        return "vae is a discrete tokenizer; a diffusion pipeline needs a continuous one"
+    if vae.config.latent_channels != config.out_channels:
+        return f"vae has {vae.config.latent_channels} latent channels, the transformer {config.out_channels}"
+
+
 def _check_settings(pipeline, facts: list[str], problems: list[str]):
     """The size that a call has by default."""
     settings, vae = pipeline.config, pipeline.vae
@@ -126,7 +140,15 @@ def _check_settings(pipeline, facts: list[str], problems: list[str]):
         problems.append(f"the pipeline's default size is impossible: {error}")
         return
     frames, factor = vae.latent_frames(count), vae.config.spatial_compression
-    size, largest = (frames, height // factor, width // factor), tuple(pipeline.transformer.config.max_size)
+    size, said = (
+        (frames, height // factor, width // factor),
+        f"{count} frames of {height}x{width} at {settings.fps:g} fps",
+    )
+    if isinstance(pipeline.transformer, CosmosARForCausalLM):
+        window = " x ".join(map(str, pipeline.transformer.config.latent_shape))
+        facts.append(f"pipeline: {type(pipeline).__name__}, {said}, windows of {window} codes")
+        return
+    largest = tuple(pipeline.transformer.config.max_size)
     if any(one > most for one, most in zip(size, largest, strict=True)):
         problems.append(
             f"the pipeline's default size has {size} latents (T, H, W), the transformer takes {largest} at most"
@@ -136,10 +158,7 @@ def _check_settings(pipeline, facts: list[str], problems: list[str]):
         problems.append(
             f"vae has statistics for {len(std[0])} latent frames, the pipeline's num_frames={count} makes {frames}"
         )
-    facts.append(
-        f"pipeline: {type(pipeline).__name__}, {count} frames of {height}x{width} at {settings.fps:g} fps, "
-        f"{settings.num_inference_steps} steps"
-    )
+    facts.append(f"pipeline: {type(pipeline).__name__}, {said}, {settings.num_inference_steps} steps")
 
 
 # ---- a small fixed input for each: (parts, pipeline) -> output or None -----------------------------------------------
@@ -161,6 +180,8 @@ def probe_transformer(parts: dict, pipeline) -> torch.Tensor:
     """One evaluation on two latent frames of a few tokens, with every condition that the model takes."""
     model = parts["transformer"]
     config, device = model.config, _device(model, pipeline)
+    if isinstance(model, CosmosARForCausalLM):
+        return _probe_language(model, config, device)
     frames = 2 * config.patch_size[0] * config.num_views
     size = (frames, 2 * config.patch_size[1], 3 * config.patch_size[2])
     given = {}
@@ -181,15 +202,33 @@ def probe_transformer(parts: dict, pipeline) -> torch.Tensor:
     return model(wave(1, config.out_channels, *size, device=device), 0.1, text, fps=24, **given).sample
 
 
+def _probe_language(model: CosmosARForCausalLM, config, device) -> torch.Tensor:
+    grid, given = (2, 2 * config.num_views, 3), {}
+    if config.cross_attention_dim is not None:
+        given["encoder_hidden_states"] = wave(1, 8, config.cross_attention_dim, device=device).to(model.dtype)
+    if config.action_dim is not None:
+        given["actions"] = wave(1, grid[0], config.action_dim, device=device).to(model.dtype)
+    tokens = 7 * torch.arange(config.num_positions(grid), device=device)[None] % config.codebook_size
+    if config.bov_token_id is not None:
+        tokens[:, 0] = config.bov_token_id
+    return model(tokens, latent_shape=grid, use_cache=False, **given).logits
+
+
 def probe_vae(parts: dict, pipeline) -> torch.Tensor:
-    """Latents and reconstruction of a clip that fills two latent frames."""
+    """Latents, of a discrete tokenizer before they are rounded, and reconstruction of a clip that fills two latent frames."""
     vae = parts["vae"]
     side = 2 * vae.config.spatial_compression
     clip = wave(
         1, vae.config.in_channels, 1 + vae.config.temporal_compression, side, side, device=_device(vae, pipeline)
     )
-    latents = vae.encode(clip.to(vae.dtype)).latents
-    return torch.cat([latents.float().flatten(), vae.decode(latents).sample.float().flatten()])
+    if vae.fsq is None:
+        latents = vae.encode(clip.to(vae.dtype)).latents
+        video = vae.decode(latents).sample
+    else:  # codes jump where a latent rounds differently, so what is compared lies before that, and comes from fixed ones
+        latents = vae.quant_conv(vae.encoder(clip.to(vae.dtype).permute(0, 2, 3, 4, 1)))
+        codes = 7 * torch.arange(8, device=clip.device).view(1, 2, 2, 2) % vae.fsq.codebook_size
+        video = vae.decode_indices(codes).sample
+    return torch.cat([latents.float().flatten(), video.float().flatten()])
 
 
 def probe_scheduler(parts: dict, pipeline) -> torch.Tensor:

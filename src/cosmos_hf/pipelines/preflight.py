@@ -66,13 +66,13 @@ def preflight(pipeline_or_folder, *, record: bool = False, **options) -> Preflig
         if record or options:
             raise ValueError("record and loading options need a folder, not a pipeline")
     report, problems = PreflightReport(), []
-    for name, part in parts.items():
-        for check in CHECKS:
-            check(name, part, report.facts, problems)
-    if pipeline is not None:
-        check_fit(pipeline, folder is None or _has_settings(folder), report.facts, problems)
-    if not problems:  # a part that does not fit fails in ways that say less
-        _run(parts, pipeline, report, problems)
+    _look(pipeline, parts, folder is None or _has_settings(folder), report, problems)
+    for name, inner in {} if pipeline is None else _inner_pipelines(pipeline).items():
+        found, wrong = PreflightReport(), []
+        _look(inner, _parts(inner), True, found, wrong)
+        report.facts += [f"{name}: {fact}" for fact in found.facts]
+        report.outputs |= {f"{name}.{part}": output for part, output in found.outputs.items()}
+        problems += [f"{name}: {problem}" for problem in wrong]
     if folder is not None and not problems:
         if record:
             (folder / RECORD).write_text(json.dumps(_made_by() | {"outputs": report.outputs}, indent=1) + "\n")
@@ -88,14 +88,15 @@ def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
     """(pipeline or None, its parts), strictly; PreflightError where the folder does not load."""
     try:
         if (folder / "model_index.json").exists():
-            from .loading import OURS, pipeline_class  # which imports every pipeline
+            from .loading import pipeline_class  # which imports every pipeline
 
-            diffusion = tuple(cls for cls in OURS if cls.__name__ != "CosmosAutoregressivePipeline")
-            pipeline = pipeline_class(folder, diffusion).from_pretrained(folder, **options)
+            pipeline = pipeline_class(folder).from_pretrained(folder, **options)
             return pipeline, _parts(pipeline)
         if (folder / "config.json").exists():
-            class_name = json.loads((folder / "config.json").read_text())["_class_name"]
-            name, cls = _component_class(class_name)
+            config = json.loads((folder / "config.json").read_text())
+            name, cls = _component_class(
+                config.get("_class_name") or config["architectures"][0]
+            )  # diffusers, transformers
             return None, {name: cls.from_pretrained(folder, **options)}
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise PreflightError([f"{folder} does not load: {error}"]) from error
@@ -105,16 +106,30 @@ def _load(folder: Path, options: dict) -> tuple[DiffusionPipeline | None, dict]:
 
 
 def _has_settings(folder: Path) -> bool:
-    return "num_frames" in json.loads((folder / "model_index.json").read_text())
+    """False for a folder published for diffusers, and for a part's."""
+    index = folder / "model_index.json"
+    return index.exists() and "num_frames" in json.loads(index.read_text())
+
+
+def _look(pipeline, parts: dict, own_settings: bool, report: PreflightReport, problems: list[str]):
+    for name, part in parts.items():
+        for check in CHECKS:
+            check(name, part, report.facts, problems)
+    if pipeline is not None:
+        check_fit(pipeline, own_settings, report.facts, problems)
+    if not problems:  # a part that does not fit fails in ways that say less
+        _run(parts, pipeline, report, problems)
 
 
 def _component_class(class_name: str):
+    from ..models.ar_cosmos import CosmosARForCausalLM
     from ..models.autoencoder_cosmos import CosmosVideoTokenizer
     from ..models.transformer_cosmos import CosmosWorldTransformer3D
 
     known = {
         "CosmosWorldTransformer3D": ("transformer", CosmosWorldTransformer3D),
         "CosmosTransformer3DModel": ("transformer", CosmosWorldTransformer3D),
+        "CosmosARForCausalLM": ("transformer", CosmosARForCausalLM),
         "CosmosVideoTokenizer": ("vae", CosmosVideoTokenizer),
         "AutoencoderKLCosmos": ("vae", CosmosVideoTokenizer),
     }
@@ -124,7 +139,16 @@ def _component_class(class_name: str):
 
 
 def _parts(pipeline) -> dict:
-    return {name: part for name, part in pipeline.components.items() if part is not None}
+    """Its components; those of a pipeline within it, as a diffusion decoder is, are looked at by themselves."""
+    return {name: part for name, part in _present(pipeline) if not isinstance(part, DiffusionPipeline)}
+
+
+def _inner_pipelines(pipeline) -> dict:
+    return {name: part for name, part in _present(pipeline) if isinstance(part, DiffusionPipeline)}
+
+
+def _present(pipeline):
+    return [(name, part) for name, part in pipeline.components.items() if part is not None]
 
 
 def _run(parts: dict, pipeline, report: PreflightReport, problems: list[str]):

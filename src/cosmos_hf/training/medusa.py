@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..models.ar_cosmos import CosmosARForCausalLM
-from ..models.ar_loss import chunked_divergence, chunked_loss, ignored_tokens
+from ..models.ar_loss import IGNORED, chunked_divergence, chunked_loss, ignored_tokens
 from ..models.medusa_cosmos import speculative_generate
 from .autoregressive import ARWorldModel, AutoregressiveConfig, TokenBatches
 from .cache import LatentDataset, model_hash, save_window
@@ -27,7 +28,7 @@ class MedusaConfig(AutoregressiveConfig):
         default=0,
         metadata={
             "help": "learn from so many videos that the network itself continues greedily from the clips' first frames, and stay "
-            "near its distribution (self-distillation); 0: from the clips"
+            "near its distribution on them and on as many clips (self-distillation); 0: learn from the clips"
         },
     )
 
@@ -46,7 +47,8 @@ class MedusaConfig(AutoregressiveConfig):
 class MedusaWorldModel(ARWorldModel):
     """Losses of the next code and of every head's guess, through one `forward` for accelerate's wrappers.
 
-    base: the network as it was, where what is trained shall keep its distribution. It is no part of what is saved.
+    base: the network as it was, where what is trained shall keep its distribution. It is no part of what is saved. Rows of which
+    no label is a target are no concern of the heads.
     """
 
     def __init__(self, transformer: CosmosARForCausalLM, base: CosmosARForCausalLM | None = None):
@@ -64,6 +66,8 @@ class MedusaWorldModel(ARWorldModel):
             with torch.no_grad():
                 base_states = base.states(tokens, latent_shape, text, keep)
             next_code = figure = chunked_divergence(network.lm_head, states, base.transformer.lm_head, base_states)
+        own = (labels != IGNORED).any(1)
+        states, labels = states[own], labels[own]
         heads = [
             chunked_loss(network.lm_head, head(states), labels, 0.0, shift=i + 2)
             for i, head in enumerate(network.medusa_heads)
@@ -102,16 +106,43 @@ def add_heads(base: CosmosARForCausalLM, count: int) -> CosmosARForCausalLM:
     return model
 
 
+class OwnVideos(Dataset):
+    """Pairs of a video that the network itself made and, drawn anew each time, a clip. Heads learn to guess on the one; on both the
+    network stays what it was, or else it would forget what it does not make itself."""
+
+    def __init__(self, own: LatentDataset, clips: LatentDataset):
+        self.own, self.clips, self.kinds = own, clips, own.kinds
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[dict, dict]:
+        index, draw = index if isinstance(index, tuple) else (index, 0)
+        return self.own[index], self.clips[draw % len(self.clips), draw]
+
+
+class MedusaBatches(TokenBatches):
+    def collate(self, samples: list[dict] | list[tuple[dict, dict]]) -> dict:
+        """Windows, or pairs of `OwnVideos`: then own videos first, and behind them the clips, of which nothing is a target."""
+        if isinstance(samples[0], dict):
+            return super().collate(samples)
+        own, clips = zip(*samples, strict=True)
+        batch = super().collate([*own, *clips])
+        batch["labels"][len(own) :] = IGNORED
+        return batch
+
+
 @torch.no_grad()
 def own_videos(
     network: CosmosARForCausalLM, data: LatentDataset, batches: TokenBatches, rank: int = 0, world_size: int = 1
-) -> LatentDataset:
-    """What the network makes, code by most probable code, of the first latent frames of the first `own_videos` clips.
+) -> OwnVideos:
+    """What the network makes, code by most probable code, of the first latent frames of the first `own_videos` clips, beside clips.
 
     Kept under `cache_dir` by the content of network and clip, what is given of it, and the text where one is read. Process `rank`
     of `world_size` generates its share, and the caller lets all finish before training.
     """
-    config, data = batches.config, data.first(batches.config.own_videos)
+    config, clips = batches.config, data
+    data = data.first(config.own_videos)
     folder = Path(config.cache_dir) / f"own-{model_hash(network)}"
     folder.mkdir(parents=True, exist_ok=True)
     windows = []
@@ -130,7 +161,7 @@ def own_videos(
         made = speculative_generate(network, tokens[:, :given], draft="previous_frame", latent_shape=shape, **text)
         codes = made.sequences[0, -shape[0] * shape[1] * shape[2] :]
         save_window(path, {"indices": codes.view(shape).int().cpu().contiguous()}, sample["fps"])
-    return LatentDataset(windows, data.captions, data.keys)
+    return OwnVideos(LatentDataset(windows, data.captions, data.keys), clips)
 
 
 class MedusaLoss:
