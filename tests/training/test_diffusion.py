@@ -103,7 +103,7 @@ def test_clips_of_several_sizes_and_rates_train_together(make, clips, tmp_path):
 
     fit(model, noting, data, config, texts.collate, export=lambda model, folder: None)
     assert len(set(seen)) == 3
-    figures = validate(model, loss, texts, validation, 3)
+    figures = validate(model, loss, texts, validation, 4)
     assert len(validation) == 2 and len(figures) == 4
 
 

@@ -1,10 +1,10 @@
 """The order in which a run sees its samples: a function of a seed and of the position, so that it can go on from anywhere."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class ResumableSampler(Sampler):
@@ -76,3 +76,10 @@ def _indices_by_kind(kinds: Sequence[Hashable]) -> dict[Hashable, np.ndarray]:
     for index, kind in enumerate(kinds):
         found[kind].append(index)
     return {kind: np.array(indices) for kind, indices in found.items()}
+
+
+def in_order(dataset: Dataset, batch_size: int, collate: Callable[[list], dict]) -> DataLoader:
+    """Every sample once, in batches of one of the dataset's `kinds`, kind after kind: how a data set is measured."""
+    groups = _indices_by_kind(dataset.kinds).values()
+    batches = [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)

@@ -11,10 +11,10 @@ import torch
 from diffusers.loaders.lora_pipeline import CosmosLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..conditioning.action import ActionSpec
 from ..conditioning.views import check_view_names
+from ..data.sampling import in_order
 from ..models.condition_adapters import ConditionAdapter
 from ..models.four_bit import blocks_of, check_available, four_bit_blocks
 from .cache import LatentDataset
@@ -199,7 +199,7 @@ def sensitivities(model: nn.Module, loss, batches, datasets: dict[str, LatentDat
     figures, device = {}, next(model.parameters()).device
     for name, dataset in datasets.items():
         measured = []
-        for batch in DataLoader(dataset, max(2, batch_size), collate_fn=batches.collate):
+        for batch in in_order(dataset, max(2, batch_size), batches.collate):
             if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
                 measured.append(loss.sensitivity(model, to_device(batch, device)))
         for figure in measured[0] if measured else ():

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import T5EncoderModel
 
+from ..data.sampling import in_order
 from ..models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED, chunked_loss, ignored_tokens
 from .cache import LatentDataset
@@ -280,7 +280,7 @@ def validate(model: ARWorldModel, batches: TokenBatches, datasets: dict[str, Lat
     device, figures = next(model.parameters()).device, {}
     for name, dataset in datasets.items():
         sums = {"": [0.0, 0], "_shuffled_text": [0.0, 0]}
-        for batch in DataLoader(dataset, batch_size, collate_fn=batches.collate):
+        for batch in in_order(dataset, batch_size, batches.collate):
             batch = to_device(batch, device)
             texts = {"": batch.get("text")}
             if texts[""] is not None and len(batch["tokens"]) > 1:

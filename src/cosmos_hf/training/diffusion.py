@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..conditioning.frames import FrameCondition, condition_indicator, condition_mask
 from ..data.clips import ClipDataset, data_names
+from ..data.sampling import in_order
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
 from ..models.uncertainty_cosmos import UncertaintyHead
@@ -332,7 +332,7 @@ def validate(
             errors = []
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(0)
-                for batch in DataLoader(dataset, batch_size, collate_fn=texts.collate):
+                for batch in in_order(dataset, batch_size, texts.collate):
                     batch = to_device(batch, device)
                     keep = torch.ones(len(batch["latents"]), device=device)
                     errors.append(loss.losses(model, batch, loss.equal_counts(batch, count), keep)[0])
