@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,12 @@ class AdapterSettings(RunConfig):
         default="float32", metadata={"help": "of the frozen base's blocks: float32, bfloat16 or nf4 (QLoRA)"}
     )
     condition_dropout: float = field(default=0.1, metadata={"help": "share of samples whose conditions are zeroed"})
+    condition_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what conditions add to the base, which starts at zero, learns so many times as fast as the LoRA"
+        },
+    )
     action_spec: str = field(
         default="",
         metadata={
@@ -55,6 +61,11 @@ class AdapterSettings(RunConfig):
             raise ValueError("lora_rank must be >= 0 (0: train all weights), lora_alpha > 0, lora_targets not empty")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
+        if self.condition_lr_scale <= 0 or (self.condition_lr_scale != 1 and not self.lora_rank):
+            raise ValueError(
+                f"condition_lr_scale must be positive and belongs to LoRA, got {self.condition_lr_scale} with "
+                f"lora_rank={self.lora_rank}"
+            )
         self._check_precision()
 
     def _check_precision(self):
@@ -125,6 +136,13 @@ def lower_precision(transformer: nn.Module, config: AdapterSettings):
         for name, layer in blocks_of(transformer).named_modules():
             if isinstance(layer, nn.Linear) and ".lora_" not in name:
                 layer.to(torch.bfloat16)
+
+
+def learn_as_new(parameters: Iterable[nn.Parameter], config: AdapterSettings):
+    """What the base lacks is trained, at a learning rate of its own (`loop.build_optimizer`)."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.learning_rate_scale = config.condition_lr_scale
 
 
 def add_lora(transformer: nn.Module, config: AdapterSettings, prefix: str, leave_out: tuple[str, ...] = ()):

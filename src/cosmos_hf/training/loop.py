@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -212,9 +213,15 @@ class Run:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: RunConfig, learning_rate: float) -> torch.optim.AdamW:
-    betas = (config.beta1, config.beta2)
+    """One group for each `learning_rate_scale` that parameters carry; without one it is 1."""
+    betas, groups = (config.beta1, config.beta2), defaultdict(list)
+    for parameter in parameters:
+        groups[getattr(parameter, "learning_rate_scale", 1.0)].append(parameter)
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, eps=config.epsilon, weight_decay=config.weight_decay
+        [dict(params=group, lr=learning_rate * scale) for scale, group in sorted(groups.items())],
+        betas=betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
     )
 
 

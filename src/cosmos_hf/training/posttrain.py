@@ -27,6 +27,7 @@ from .adaptation import (
     check_run_views,
     check_same_output,
     freeze,
+    learn_as_new,
     pipeline_settings,
     save_adapter,
     tell_trained,
@@ -240,10 +241,11 @@ def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, cha
         return
     add_lora(transformer, config, "transformer_blocks")
     for name in added_parts(changes):
-        getattr(transformer, name).requires_grad_(True)
+        learn_as_new(getattr(transformer, name).parameters(), config)
     if groups := added_columns(changes):
         columns = channel_columns(transformer.config, transformer.patch_embed.patch_size)
         transformer.patch_embed.proj = GrownLinear(transformer.patch_embed.proj, [columns[name] for name in groups])
+        learn_as_new([transformer.patch_embed.proj.added], config)
 
 
 def check_step_zero(transformer: CosmosWorldTransformer3D, change: Callable[[], None]):

@@ -25,6 +25,7 @@ from .adaptation import (
     check_run_views,
     check_same_output,
     freeze,
+    learn_as_new,
     pipeline_settings,
     save_adapter,
     sensitivities,
@@ -149,8 +150,7 @@ def build_model(config: ARPosttrainConfig, spec: ActionSpec | None, temporal: in
         if config.lora_rank:
             # No LoRA in what the base lacks, though another adapter may bring it one day.
             add_lora(transformer, config, "model.layers", added_parts(absent))
-            for name in added_weights(transformer, changes):
-                transformer.get_parameter(name).requires_grad_(True)
+            learn_as_new((transformer.get_parameter(name) for name in added_weights(transformer, changes)), config)
 
     check_step_zero(transformer, prepare, "views" in config.conditions)
     if config.gradient_checkpointing:
