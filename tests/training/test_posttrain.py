@@ -25,7 +25,7 @@ from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
-from cosmos_hf.training.loop import TrainingError, fit
+from cosmos_hf.training.loop import TrainingError, build_optimizer, fit
 from cosmos_hf.training.posttrain import (
     ConditionBatches,
     PosttrainConfig,
@@ -191,6 +191,17 @@ def test_step_zero_is_the_base_and_coverage_is_told(make, base, caplog):
     assert all(name.startswith(("transformer_blocks.", "action_embed.", "patch_embed.proj.added")) for name in trained)
 
 
+def test_new_parts_may_learn_faster(make):
+    config = make("action", "camera", condition_lr_scale=5.0)
+    model = build_model(config, 28)
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    told = {name: rates[id(p)] for name, p in model.transformer.named_parameters() if p.requires_grad}
+    assert len(told) == len({id(p) for p in model.transformer.parameters() if p.requires_grad})
+    assert {rate for name, rate in told.items() if "lora_" in name} == {0.1}
+    assert {rate for name, rate in told.items() if "lora_" not in name} == {0.5}
+
+
 def test_a_start_that_is_not_the_base_stops_the_run(base):
     transformer = CosmosWorldTransformer3D.from_pretrained(base / "transformer")
     with pytest.raises(TrainingError, match="step 0 must be the base, but the output is off by"), torch.no_grad():
@@ -265,6 +276,11 @@ def test_dropped_conditions_are_not_seen(make):
         ((), {}, "conditions must be one or several of"),
         (("camera",), dict(p_mean=1.0), "p_mean cannot be set in post-training: the base's are kept"),
         (("camera",), dict(lora_rank=-1), "lora_rank must be >= 0"),
+        (
+            ("camera",),
+            dict(condition_lr_scale=2.0, lora_rank=0),
+            "condition_lr_scale must be positive and belongs to LoRA",
+        ),
         (("camera",), dict(condition_dropout=1.0), r"condition_dropout must be in \[0, 1\)"),
         (
             ("camera",),
