@@ -246,17 +246,22 @@ def test_an_adapter_from_shard_to_pipeline_and_a_trajectory_on_top(base, data, c
         generate(again, image={"left": image})
 
 
-def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch):
+def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycolmap", reason="needs the extra cosmos-hf[geometry]")
     monkeypatch.setattr(geometry, "ENLARGED_HEIGHT", 64)  # the figures are not looked at here
     export = run_script(
         base, data, cache, tmp_path, f"--conditions views trajectory --views {' '.join(VIEWS)} --lora_rank 2"
     )
     output = tmp_path / "views.json"
-    runpy.run_path(str(SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"))["main"](
-        f"--model {base} --adapter {export} --data {data} --output {output} --num_clips 1 --num_inference_steps 1 "
-        "--compare_base --device cpu".split()
-    )
+
+    def evaluate(*more):
+        known = (
+            f"--model {base} --adapter {export} --data {data} --output {output} --num_clips 1 --num_inference_steps 1"
+        )
+        main = runpy.run_path(str(SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"))["main"]
+        main([*known.split(), "--device", "cpu", *more])
+
+    evaluate("--compare_base")
     figures = json.loads(output.read_text())[data.name]
     assert set(figures) == {"truth", "reconstruction", "frames", "view", "base_frames"}
     assert set(figures["truth"]["geometry"]) == {"temporal", "temporal_known", "cross_view", "trajectory"}
@@ -265,6 +270,9 @@ def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch):
     )
     assert figures["frames"]["geometry"]["trajectory"]["length"]["mean"] == pytest.approx(0.8, rel=0.01)
     assert (tmp_path / "views" / f"{data.name}.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate("--views", "left", "right")
+    assert "trajectories are in the axes of the camera front: name it among the --views" in capsys.readouterr().err
 
 
 def test_arrays_of_other_cameras_are_refused(data):
