@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoTokenizer, T5EncoderModel
 
 from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.data.clips import ClipDataset, data_names
@@ -48,6 +49,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=nano_path("video2world"))
     parser.add_argument("--adapter", help="folder of an adapter, as training/posttrain.py writes it")
+    parser.add_argument(
+        "--text_encoder", help="folder of a pipeline with the one of the training, for a model that has none"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
     parser.add_argument("--output", default="outputs/evaluation.json")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set")
@@ -67,10 +71,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with report(parser):
-        pipe = pipeline_class(args.model, PIPELINES).from_pretrained(args.model).to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        if args.adapter:
-            pipe.load_lora_weights(args.adapter)
+        pipe = load(args)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         extractors = load_extractors(args.inception, args.i3d, not args.no_perceptual, args.device)
         figures = {"made_by": provenance(args, pipe)}
@@ -79,6 +80,32 @@ def main(argv=None):
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
     print(f"{args.output}: {', '.join(key for key in figures if key != 'made_by')}")
+
+
+def load(args):
+    """The pipeline with its adapter. ValueError where instructions are asked for that it would not read."""
+    kind, parts = pipeline_class(args.model, PIPELINES), {}
+    if args.text_encoder:
+        folder = Path(args.text_encoder)
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        parts["text_encoder"] = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    pipe = kind.from_pretrained(args.model, **parts).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.adapter:
+        pipe.load_lora_weights(args.adapter)
+    reads_text = kind is CosmosVideo2WorldPipeline or pipe.transformer.config.cross_attention_dim is not None
+    if args.instructions and not reads_text:
+        raise ValueError(
+            "--instructions: this model reads no text; load an adapter that was trained with instructions"
+        )
+    if reads_text and pipe.text_encoder is None:
+        why = f"{args.model} has no text_encoder: give --text_encoder, the folder of a pipeline that has the one of the training"
+        if args.instructions:
+            raise ValueError(why)
+        print(f"captions are left out: {why}")
+    if args.text_encoder and not reads_text:
+        raise ValueError("--text_encoder would be ignored: this model reads no text")
+    return pipe
 
 
 def evaluate_set(pipe, name: str, path: str, args, perceptual, extractors: list) -> dict:
@@ -215,11 +242,10 @@ def future(pipe, args, count: int, sample: dict, caption: str | None, seed: int,
     else:
         guidance = None if caption is None else args.guidance_scale
         options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=guidance)
-    takes_text = pipe.text_encoder is not None
     num_frames, height, width = sample["video"].shape[1:]
     result = pipe(
         video=sample["video"][:, :count],
-        prompt=caption if takes_text else None,
+        prompt=None if pipe.text_encoder is None else caption,
         num_conditioning_frames=count,
         height=height,
         width=width,
