@@ -21,7 +21,7 @@ from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.pictures import PictureDataset, find_pictures
 from cosmos_hf.data.real_media import write_real_set
 from cosmos_hf.evaluation.codes import counting_codes
-from cosmos_hf.evaluation.frechet import EfficientNetFeatures, TorchScriptFeatures
+from cosmos_hf.evaluation.frechet import load_extractors
 from cosmos_hf.evaluation.perceptual import PerceptualDistance
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
 from cosmos_hf.models.tokenizer_kinds import load_tokenizer, reconstruct
@@ -53,7 +53,7 @@ def main(argv=None):
         if (args.height is None) != (args.width is None):
             raise ValueError("give --height and --width together")
         tokenizer = load_tokenizer(args.model).to(args.device).eval()
-        extractors = load_extractors(args)
+        extractors = load_extractors(args.inception, args.i3d, not args.no_perceptual, args.device)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, tokenizer)}
         for name, path in [*zip(data_names(args.data), args.data, strict=True), *real_sets(args, scratch)]:
@@ -72,13 +72,6 @@ def main(argv=None):
             print(f"{name}: {one_line(figures[name])}")
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(figures, indent=1))
-
-
-def load_extractors(args) -> list:
-    extractors = [] if args.no_perceptual else [EfficientNetFeatures()]
-    extractors += [TorchScriptFeatures(args.inception, "inception")] if args.inception else []
-    extractors += [TorchScriptFeatures(args.i3d, "i3d")] if args.i3d else []
-    return [extractor.to(args.device) for extractor in extractors]
 
 
 def real_sets(args, scratch: str) -> list[tuple[str, str]]:

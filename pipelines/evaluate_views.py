@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from cosmos_hf import CosmosAutoregressivePipeline, CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.conditioning.camera import CameraPath
-from cosmos_hf.conditioning.trajectory import trajectory_points
 from cosmos_hf.data.clips import ClipDataset, data_names
 from cosmos_hf.data.video import contact_sheet, to_float, to_uint8
 from cosmos_hf.evaluation.multiview import score_geometry, score_pictures, summarise_views
+from cosmos_hf.pipelines.conditions import clip_actions
 from cosmos_hf.pipelines.loading import pipeline_class
 from cosmos_hf.pipelines.scripting import provenance, report
 
@@ -66,6 +66,11 @@ def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
     settings = {key: pipe.trained_settings.get(key, pipe.config[key]) for key in ("height", "width", "num_frames")}
     size = settings["height"], settings["width"]
     views = tuple(args.views or pipe.views or ())
+    spec = pipe.action_spec
+    if pipe.views and spec is not None and spec.kind == "trajectory" and pipe.views[0] not in views:
+        raise ValueError(
+            f"the model's trajectories are in the axes of the camera {pipe.views[0]}: name it among the --views, too"
+        )
     clips = ClipDataset(path, num_frames=settings["num_frames"], size=size, random=False, views=views or None)
     kinds = ("truth", "reconstruction", *args.given, *(f"base_{given}" for given in args.given if given == "frames"))
     entry, rows = {kind: [] for kind in kinds}, {}
@@ -116,10 +121,8 @@ def generate(pipe, sample: dict, views: tuple[str, ...], given: str, seed: int, 
         paths = [CameraPath(k, e, *size) for k, e in zip(camera["intrinsics"], camera["extrinsics"], strict=True)]
         more["camera"] = dict(zip(views, paths, strict=True))
     if "actions" in pipe.transformer.conditions:
-        more["actions"] = sample.get("actions")
-        if pipe.action_spec.kind == "trajectory":
-            count, rate = pipe.transformer.config.action_dim // pipe.action_spec.width, pipe.action_spec.rate
-            more["actions"] = trajectory_points(camera["extrinsics"][0], sample["fps"], count, rate)
+        first = views.index(pipe.views[0]) if pipe.views[0] in views else 0
+        more["actions"] = clip_actions(pipe, sample, camera["extrinsics"][first])
     if given == "frames":
         more["image"] = {view: video[:, :1] for view, video in videos.items()}
     else:

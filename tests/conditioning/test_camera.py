@@ -11,6 +11,7 @@ from cosmos_hf.conditioning.camera import (
     CameraPath,
     camera_centres,
     invert_pose,
+    move_rays,
     plucker_rays,
     relative_extrinsics,
     representative_frames,
@@ -127,6 +128,15 @@ def test_rays_of_a_batch_of_views_and_of_one_world_for_all_views():
     shared = plucker_rays(intrinsics, extrinsics, 96, 128, 8, 4, reference=extrinsics[:, :1, 0])
     torch.testing.assert_close(shared[:, 0], rays[:, 0])
     assert (shared[:, 1] - rays[:, 1]).abs().max() > 0.1
+
+
+def test_moved_rays_are_those_of_another_reference():
+    extrinsics = torch.stack([wandering(9, seed).extrinsics for seed in range(2)])
+    intrinsics = wandering().intrinsics[:2]
+    rays = plucker_rays(intrinsics, extrinsics, 96, 128, 8, 4)
+    there = extrinsics[:, 5]
+    moved = move_rays(rays, there @ torch.linalg.inv(extrinsics[:, 0]))
+    torch.testing.assert_close(moved, plucker_rays(intrinsics, extrinsics, 96, 128, 8, 4, reference=there))
 
 
 def test_windows_and_scale():

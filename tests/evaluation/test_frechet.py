@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from torch import nn
 
 from cosmos_hf.evaluation.frechet import (
     EfficientNetFeatures,
     FeatureStatistics,
     FrechetPair,
     TorchScriptFeatures,
+    compare_videos,
     frechet_distance,
+    load_extractors,
 )
+from feature_files import write_feature_files
 
 
 def statistics(features):
@@ -87,26 +89,9 @@ def test_efficientnet_features_tell_pictures_apart():
     assert same < 0.01 * other
 
 
-class Inception(nn.Module):
-    """With the call of the usual file: uint8 pictures, 2048 features."""
-
-    def forward(self, images: torch.Tensor, return_features: bool = False):
-        if images.dtype != torch.uint8 or not return_features:
-            raise ValueError("unexpected call")
-        return images.float().mean((2, 3)).repeat(1, 683)[:, :2048]
-
-
-class I3D(nn.Module):
-    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
-        if not (rescale and resize and return_features):
-            raise ValueError("unexpected call")
-        return x.mean((2, 3, 4)).repeat(1, 134)[:, :400]
-
-
 @pytest.fixture
 def files(tmp_path):
-    torch.jit.script(Inception()).save(tmp_path / "inception.pt")
-    torch.jit.script(I3D()).save(tmp_path / "i3d.pt")
+    write_feature_files(tmp_path)
     torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
     return tmp_path
 
@@ -134,3 +119,18 @@ def test_missing_and_wrong_files_are_named(files):
     wrong.width = 100
     with pytest.raises(ValueError, match="have 100 numbers, this file gives 2048"):
         wrong(torch.zeros(1, 3, 1, 8, 8))
+
+
+def test_sets_of_videos_by_metric(files):
+    """What is too short or too little is said in place of a figure."""
+    extractors = load_extractors(files / "inception.pt", files / "i3d.pt", efficientnet=False)
+    assert [extractor.metric for extractor in extractors] == ["fid", "fvd"]
+    short, long = ([torch.rand(3, frames, 8, 8) * 2 - 1 for _ in range(2)] for frames in (4, 10))
+    made = compare_videos(extractors[1:], long, long[::-1])
+    assert made["fvd"] == {"distance": pytest.approx(0, abs=1e-6), "count": 2, "features": 400}
+    assert compare_videos(extractors[1:], short, short)["fvd"] == {
+        "skipped": "needs 10 frames of each video, there are 4"
+    }
+    assert compare_videos(extractors[1:], long[:1], long[:1])["fvd"] == {
+        "skipped": "needs two videos or more, there is one"
+    }

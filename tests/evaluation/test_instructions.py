@@ -21,7 +21,7 @@ from cosmos_hf.evaluation.instructions import (
     swap_instruction,
 )
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
-from tiny_pipelines import SETTINGS, components
+from tiny_pipelines import SETTINGS, autoregressive, components
 
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 from cosmos_hf.worlds.captions import direction_in_view
@@ -149,22 +149,80 @@ def test_what_cannot_be_measured_is_left_out(samples):
     idle = samples[0] | {"caption": "A robot arm moves freely above the table."}
     with pytest.raises(ValueError, match="none of the 1 samples has an instruction that is fulfilled"):
         evaluate_instructions(lambda *_: None, [idle])
+    for name in ("masks", "camera"):
+        without = {key: value for key, value in samples[0].items() if key != name}
+        with pytest.raises(ValueError, match=f"has no {name}: take a validation split of the table-top world"):
+            evaluate_instructions(lambda *_: None, [without])
 
 
-def test_the_script_puts_the_figures_into_its_file(episodes, tmp_path):
-    """A tiny model with random weights, which moves nothing as it is told."""
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def clips(episodes, tmp_path):
+    (tmp_path / "clips").mkdir()
     for name, content in sample_of(episodes[0], "tabletop", "val_combo", CLIPS[0], 0, "classic").items():
         if name != "__key__":
-            (tmp_path / "clips").mkdir(exist_ok=True)
             (tmp_path / "clips" / f"a.{name}").write_bytes(content)
+    return tmp_path / "clips"
+
+
+def evaluate(model, clips, *more):
+    output = clips.parent / "out.json"
+    runpy.run_path(str(ROOT / "pipelines" / "evaluate_model.py"))["main"](
+        f"--model {model} --data {clips} --output {output} --num_clips 1 --conditioning_frames 1 --instructions "
+        "--no_perceptual --device cpu".split()
+        + [str(value) for value in more]
+    )
+    return json.loads(output.read_text())["clips"]
+
+
+def train(base, clips, *more):
+    """Two steps of an instruction adapter for clips of 64x96."""
+    folder = clips.parent / "run"
+    runpy.run_path(str(ROOT / "training" / "posttrain.py"))["main"](
+        f"--init_from {base} --data {clips} --output_dir {folder} --cache_dir {clips.parent / 'cache'} --conditions instruction "
+        f"--num_frames {FRAMES} --height 64 --width 96 --lora_rank 2 --batch_size 1 --max_steps 2 --log_every 1 "
+        "--progress false".split()
+        + [str(value) for value in more]
+    )
+    return folder / "export"
+
+
+def test_the_script_puts_the_figures_into_its_file(clips, tmp_path):
+    """A tiny model with random weights, which moves nothing as it is told."""
     settings = SETTINGS | dict(height=96, width=128, num_frames=FRAMES, num_inference_steps=1, max_sequence_length=48)
     CosmosVideo2WorldPipeline(**components("tiny-video2world"), **settings).save_pretrained(tmp_path / "model")
-    script = Path(__file__).parents[2] / "pipelines" / "evaluate_model.py"
-    runpy.run_path(str(script))["main"](
-        f"--model {tmp_path / 'model'} --data {tmp_path / 'clips'} --output {tmp_path / 'out.json'} --num_clips 1 "
-        "--conditioning_frames 1 --instructions --no_perceptual --device cpu".split()
-    )
-    figures = json.loads((tmp_path / "out.json").read_text())["clips"]["instructions"]
+    figures = evaluate(tmp_path / "model", clips)["instructions"]
     assert figures["truth"]["followed"]["mean"] == 1 and figures["copy_last_frame"]["followed"]["mean"] == 0
     assert figures["model"]["followed"]["count"] == figures["swapped"]["followed"]["count"] == 1
     assert figures["swapped"]["changed"]["mean"] > 0
+
+
+def test_an_instruction_adapter_from_clips_to_figures(clips, tmp_path):
+    settings = SETTINGS | dict(num_inference_steps=1, max_sequence_length=48)
+    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **settings).save_pretrained(tmp_path / "model")
+    figures = evaluate(
+        tmp_path / "model", clips, "--adapter", train(tmp_path / "model", clips, "--max_condition_frames", 1)
+    )
+    assert figures["clips"] == dict(count=1, height=64, width=96, num_frames=FRAMES, fps=5)
+    figures = figures["instructions"]
+    assert figures["truth"]["followed"]["mean"] == 1 and figures["copy_last_frame"]["followed"]["mean"] == 0
+    assert figures["model"]["followed"]["count"] == 1 and figures["swapped"]["changed"]["mean"] > 0
+
+
+def test_an_autoregressive_base_that_knew_no_text(clips, tmp_path, capsys):
+    """Its adapter reads the text with the encoder that it was trained with; without it nothing is measured."""
+    model, encoder = tmp_path / "model", tmp_path / "text"
+    autoregressive().save_pretrained(model)
+    autoregressive(text=True).save_pretrained(encoder)
+    with pytest.raises(SystemExit):
+        evaluate(model, clips)
+    assert "--instructions: this model reads no text" in capsys.readouterr().err
+    adapter = train(model, clips, "--family", "autoregressive", "--text_encoder", encoder, "--max_sequence_length", 48)
+    with pytest.raises(SystemExit):
+        evaluate(model, clips, "--adapter", adapter)
+    assert "has no text_encoder: give --text_encoder" in capsys.readouterr().err
+    figures = evaluate(model, clips, "--adapter", adapter, "--text_encoder", encoder)["instructions"]
+    assert figures["truth"]["followed"]["mean"] == 1 and figures["model"]["followed"]["count"] == 1
+    assert "changed" in figures["swapped"]

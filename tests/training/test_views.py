@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos_hf.conditioning.camera_paths import named_trajectory
+from cosmos_hf.conditioning.views import pick_views
 from cosmos_hf.data.clips import open_clips
 from cosmos_hf.data.samples import SampleReader
 from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
+from cosmos_hf.models.dit_conditions import extend_conditions
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
+from cosmos_hf.pipelines.view_inputs import read_view_conditions
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
@@ -136,6 +140,39 @@ def test_some_views_a_step(make):
     assert seen == {(0, 1), (0, 2), (1, 2)}
 
 
+def test_rays_of_some_views_are_those_of_a_call_of_them(make, base):
+    """Relative to the first of the views that take part, in the model's order, whatever the order of the call."""
+    _, loss_of, dataset, batches, _ = assemble(make("views", "camera", views_per_step=2))
+    samples = [dataset[i, 0] for i in range(2)]
+    sides = {"front": torch.eye(4), "left": named_trajectory("pan_left", 2, angle=60)[1].float()}
+    sides["right"] = torch.linalg.inv(sides["left"])
+    sides["left"][0, 3], sides["right"][0, 3] = 0.5, -0.7
+    for sample in samples:
+        poses = [sides[v] @ p for v, p in zip(VIEWS, sample["camera"]["extrinsics"], strict=True)]
+        sample["camera"] = sample["camera"] | {"extrinsics": torch.stack(poses)}
+    pipe = CosmosMultiViewPipeline.from_pretrained(base)
+    extend_conditions(pipe.transformer, num_views=3, view_embed_dim=6, camera_channels=6)
+    batch = batches.collate(samples)
+    seen = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        part = loss_of.draw_views(batch)
+        names = [VIEWS[index] for index in part["view_indices"]]
+        cameras = [
+            {view: dict(intrinsics=c["intrinsics"][v], extrinsics=c["extrinsics"][v]) for v, view in enumerate(VIEWS)}
+            for c in (sample["camera"] for sample in samples)
+        ]
+        for order in (names, names[::-1]):
+            places = {view: VIEWS.index(view) for view in order}
+            called = [{view: camera[view] for view in order} for camera in cameras]
+            run = dict(height=32, width=48, num_frames=9)
+            rays = read_view_conditions(pipe, run, places, None, called, None)["camera"]
+            kept = pick_views(rays, [order.index(view) for view in names], 2, 2)
+            torch.testing.assert_close(part["camera"], kept, atol=1e-5, rtol=0)
+        seen.add(part["view_indices"])
+    assert (1, 2) in seen
+
+
 @pytest.mark.parametrize(
     ("conditions", "more", "message"),
     [
@@ -209,17 +246,22 @@ def test_an_adapter_from_shard_to_pipeline_and_a_trajectory_on_top(base, data, c
         generate(again, image={"left": image})
 
 
-def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch):
+def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycolmap", reason="needs the extra cosmos-hf[geometry]")
     monkeypatch.setattr(geometry, "ENLARGED_HEIGHT", 64)  # the figures are not looked at here
     export = run_script(
         base, data, cache, tmp_path, f"--conditions views trajectory --views {' '.join(VIEWS)} --lora_rank 2"
     )
     output = tmp_path / "views.json"
-    runpy.run_path(str(SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"))["main"](
-        f"--model {base} --adapter {export} --data {data} --output {output} --num_clips 1 --num_inference_steps 1 "
-        "--compare_base --device cpu".split()
-    )
+
+    def evaluate(*more):
+        known = (
+            f"--model {base} --adapter {export} --data {data} --output {output} --num_clips 1 --num_inference_steps 1"
+        )
+        main = runpy.run_path(str(SCRIPT.parents[1] / "pipelines" / "evaluate_views.py"))["main"]
+        main([*known.split(), "--device", "cpu", *more])
+
+    evaluate("--compare_base")
     figures = json.loads(output.read_text())[data.name]
     assert set(figures) == {"truth", "reconstruction", "frames", "view", "base_frames"}
     assert set(figures["truth"]["geometry"]) == {"temporal", "temporal_known", "cross_view", "trajectory"}
@@ -228,6 +270,9 @@ def test_the_evaluation_of_an_adapter(base, data, cache, tmp_path, monkeypatch):
     )
     assert figures["frames"]["geometry"]["trajectory"]["length"]["mean"] == pytest.approx(0.8, rel=0.01)
     assert (tmp_path / "views" / f"{data.name}.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate("--views", "left", "right")
+    assert "trajectories are in the axes of the camera front: name it among the --views" in capsys.readouterr().err
 
 
 def test_arrays_of_other_cameras_are_refused(data):

@@ -234,6 +234,14 @@ def plucker_rays(
     return rays.unflatten(-1, (len(y), len(x))).float()
 
 
+def move_rays(rays: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Rays [B, 6, ...] as the camera `reference` [B, 4, 4] has them, whose pose is told in the coordinates that they are in."""
+    turn = reference[:, :3, :3].to(rays)
+    offset = reference[:, :3, 3].to(rays).view(-1, 3, *[1] * (rays.ndim - 2)).expand_as(rays[:, :3])
+    moments, directions = (torch.einsum("bij,bj...->bi...", turn, part) for part in rays.chunk(2, dim=1))
+    return torch.cat([moments + torch.linalg.cross(offset, directions, dim=1), directions], dim=1)
+
+
 def _as_tensor(value, name: str) -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value).to(
         "cpu", torch.float64

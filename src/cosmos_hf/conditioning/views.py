@@ -45,6 +45,14 @@ def pick_views(tensor: torch.Tensor, indices: Sequence[int], num_views: int, dim
     return torch.cat([parts[index] for index in indices], dim=dim)
 
 
+def reference_view(places: Sequence[int]) -> int:
+    """Which of the views that take part, told by their places in the model, gives the coordinates of all their rays.
+
+    It is the first one in the model's order, in whatever order they come; its first camera is the one that they are relative to.
+    """
+    return min(range(len(places)), key=places.__getitem__)
+
+
 def draw_given_frames(
     batch: int, views: int, latent_frames: int, most: int, whole_views: float, device=None
 ) -> torch.Tensor:

@@ -7,6 +7,7 @@ called EFD and compares only with itself.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureExtractor(Protocol):
-    """What a Frechet distance needs. `metric` names the figure, for example "fid"."""
+    """What a Frechet distance needs. `metric` names the figure, for example "fid"; `shortest` is the least number of frames."""
 
     metric: str
+    shortest: int = 1
 
     def __call__(self, video: torch.Tensor) -> torch.Tensor:
         """Float [B, 3, T, H, W] in [-1, 1] -> features [N, D]: one row per frame (pictures) or per video."""
@@ -97,6 +99,36 @@ class FrechetPair:
         return {"distance": frechet_distance(self.made, self.true), "count": count, "features": width}
 
 
+def compare_videos(
+    extractors: Sequence[FeatureExtractor],
+    made: Sequence[torch.Tensor],
+    true: Sequence[torch.Tensor],
+    device: str | torch.device = "cpu",
+) -> dict[str, dict]:
+    """`FrechetPair.figures` by metric, of videos [3, T, H, W] in [-1, 1]; {"skipped": why} for those that need more of them."""
+    figures = {}
+    for extractor in extractors:
+        pair, shortest = FrechetPair(extractor), getattr(extractor, "shortest", 1)
+        if (frames := min(video.shape[1] for video in made)) < shortest:
+            figures[pair.metric] = {"skipped": f"needs {shortest} frames of each video, there are {frames}"}
+            continue
+        for result, truth in zip(made, true, strict=True):
+            pair.update(result[None].to(device), truth[None].to(device))
+        enough = pair.made.count > 1
+        figures[pair.metric] = pair.figures() if enough else {"skipped": "needs two videos or more, there is one"}
+    return figures
+
+
+def load_extractors(
+    inception: str | Path | None, i3d: str | Path | None, efficientnet: bool, device: str | torch.device = "cpu"
+) -> list[nn.Module]:
+    """Those of FID and FVD for which there are files, after our own where it is wanted."""
+    extractors = [EfficientNetFeatures()] if efficientnet else []
+    extractors += [TorchScriptFeatures(inception, "inception")] if inception else []
+    extractors += [TorchScriptFeatures(i3d, "i3d")] if i3d else []
+    return [extractor.to(device) for extractor in extractors]
+
+
 class EfficientNetFeatures(nn.Module):
     """Pooled last features (1280) of EfficientNet-Lite0, one row per frame: "efd". No download, and not FID.
 
@@ -104,6 +136,7 @@ class EfficientNetFeatures(nn.Module):
     """
 
     metric = "efd"
+    shortest = 1
 
     def __init__(self):
         super().__init__()
@@ -139,6 +172,7 @@ class TorchScriptFeatures(nn.Module):
         if kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)}, got {kind!r}")
         self.kind, self.metric, self.width = kind, self.KINDS[kind]["metric"], self.KINDS[kind]["width"]
+        self.shortest = self.SHORTEST if kind == "i3d" else 1
         if not Path(path).is_file():
             wanted = self.KINDS[kind]
             raise FileNotFoundError(
@@ -152,8 +186,8 @@ class TorchScriptFeatures(nn.Module):
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         if self.kind == "i3d":
-            if video.shape[2] < self.SHORTEST:
-                raise ValueError(f"FVD needs videos of at least {self.SHORTEST} frames, got {video.shape[2]}")
+            if video.shape[2] < self.shortest:
+                raise ValueError(f"FVD needs videos of at least {self.shortest} frames, got {video.shape[2]}")
             # It rescales 0..255 and resizes to 224 itself.
             features = self.network((video + 1) * 127.5, rescale=True, resize=True, return_features=True)
         else:

@@ -92,13 +92,13 @@ def path_errors(estimated, truth) -> dict[str, float]:
 
 
 def summarise_poses(errors: list[dict[str, float] | None]) -> dict[str, float | int | None]:
-    """`pose_errors` of many clips, None where no poses could be recovered -> "success_rate", the means over the recovered
-    ones (None where there is none), and "count" of all clips."""
+    """`pose_errors` (and other figures beside them) of many clips, None where no poses could be recovered -> "success_rate", the
+    means over the recovered ones (None where there is none), and "count" of all clips."""
     if not errors:
         raise ValueError("no clips to summarise")
     found = [error for error in errors if error is not None]
     result = {"success_rate": len(found) / len(errors), "count": len(errors)}
-    for name in ("rotation", "translation", "distance"):
+    for name in dict.fromkeys(("rotation", "translation", "distance", *(name for error in found for name in error))):
         values = [error[name] for error in found if np.isfinite(error[name])]
         result[name] = float(np.mean(values)) if values else None
     return result

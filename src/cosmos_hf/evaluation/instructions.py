@@ -215,7 +215,10 @@ def evaluate_instructions(generate, samples: list[dict], given: int = 1) -> dict
     rows = {name: [] for name in ("model", "truth", "copy_last_frame", "swapped")}
     for seed, sample in enumerate(samples):
         told = Instruction.of(sample["caption"])
-        if told is None or not is_fulfilled(sample, told, given):
+        if told is None:
+            continue
+        _check_sample(sample)
+        if not is_fulfilled(sample, told, given):
             continue
         truth = sample["video"].float() / 127.5 - 1
         still = truth.clone()
@@ -234,6 +237,16 @@ def evaluate_instructions(generate, samples: list[dict], given: int = 1) -> dict
             f"none of the {len(samples)} samples has an instruction that is fulfilled within its frames: take more clips"
         )
     return {name: _summary(scores) for name, scores in rows.items() if scores}
+
+
+def _check_sample(sample: dict):
+    lacks = [name for name in ("camera", "object_positions", "masks") if name not in sample]
+    lacks += [] if "scene" in sample["record"] else ["scene (in its record)"]
+    if lacks:
+        raise ValueError(
+            f"instructions are judged by the simulator's state, and the clip {sample.get('key')!r} has no {', '.join(lacks)}: take "
+            "a validation split of the table-top world"
+        )
 
 
 def _motion(video: torch.Tensor, given: int) -> torch.Tensor:

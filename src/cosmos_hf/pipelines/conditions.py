@@ -10,7 +10,7 @@ import torch
 
 from ..conditioning.action import ActionSpec, group_actions
 from ..conditioning.camera import CameraPath, plucker_rays
-from ..conditioning.trajectory import trajectory_vector
+from ..conditioning.trajectory import trajectory_points, trajectory_vector
 
 _HOW = {
     "actions": "the actions that lead from frame to frame",
@@ -148,6 +148,38 @@ def expand_conditions(conditions: dict[str, torch.Tensor], items: int, num_video
         shape = (items, *[-1] * (value.ndim - 1))
         expanded[name] = value.expand(shape).repeat_interleave(num_videos_per_prompt, dim=0)
     return expanded
+
+
+# ---- a clip as input -----------------------------------------------------------------------------------------------------
+
+
+def conditions_of_clip(pipe, sample: dict) -> dict:
+    """The `actions` and `camera` of a call, as far as the pipeline's model takes them, from a sample of one camera
+    (`data.samples`). ValueError for one that lacks them."""
+    given = {}
+    if "actions" in pipe.transformer.conditions:
+        given["actions"] = clip_actions(pipe, sample, sample.get("camera", {}).get("extrinsics"))
+    if "camera" in pipe.transformer.conditions:
+        given["camera"] = _of_clip(sample, "camera", sample.get("camera"))
+    return given
+
+
+def clip_actions(pipe, sample: dict, poses):
+    """A sample's actions, or for a model of trajectories the points of the way of the camera with these poses [T, 4, 4]."""
+    spec = spec_of(pipe)
+    if spec.kind != "trajectory":
+        return _of_clip(sample, "actions", sample.get("actions"))
+    count = pipe.transformer.config.action_dim // spec.width
+    return trajectory_points(_of_clip(sample, "camera", poses), sample["fps"], count, spec.rate)
+
+
+def _of_clip(sample: dict, name: str, value):
+    if value is None:
+        raise ValueError(
+            f"the model takes {name}, which the clip {sample['key']!r} does not have: intrinsics and extrinsics for a camera or a "
+            "trajectory, actions for actions (npz, csv or json beside the video)"
+        )
+    return value
 
 
 # ---- windows of a long video -------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class CosmosMultiViewPipeline(CosmosText2WorldPipeline):
             latents: unit noise [B, C, V * T', H', W'], the views one after the other.
             prompt_embeds, negative_prompt_embeds: [B, V * N, D], likewise.
             actions: as there; all views are of the same car or robot.
-            camera: a dict of a `CameraPath` for each view, all in one world; or a list of such, one per video.
+            camera: a dict of a `CameraPath` for each view, all in one world; or a list of such, one per video. Rays are
+                relative to the first camera of the first of these views, in the model's order.
             frame_repeat: how often frames repeat, by view, for models that are told; None is what the published inference tells.
 
         The others are those of `CosmosText2WorldPipeline`. Raises ValueError for contradictions, unknown views, and a model of

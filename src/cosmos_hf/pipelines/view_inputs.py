@@ -13,6 +13,7 @@ from ..conditioning.views import (
     check_known_views,
     check_view_names,
     join_views,
+    reference_view,
 )
 from ..data.video import to_float
 from .conditions import action_vectors, as_path, check_needed
@@ -158,8 +159,8 @@ def read_view_conditions(
     return conditions
 
 
-def _view_rays(pipe, cameras, run: dict, views) -> torch.Tensor:
-    """Cameras by view -> rays [6, V * T', H', W'] in one world, that of the first view's first camera."""
+def _view_rays(pipe, cameras, run: dict, views: dict[str, int]) -> torch.Tensor:
+    """Cameras by view -> rays [6, V * T', H', W'] in one world, that of `reference_view`'s first camera."""
     if not isinstance(cameras, dict) or set(cameras) != set(views):
         told = ", ".join(map(str, cameras)) if isinstance(cameras, dict) else type(cameras).__name__
         raise ValueError(f"camera must be a dict with a camera for each of the views {', '.join(views)}, got {told}")
@@ -167,7 +168,7 @@ def _view_rays(pipe, cameras, run: dict, views) -> torch.Tensor:
     paths = {name: as_path(cameras[name], height, width).fit(height, width) for name in views}
     if wrong := {name: len(path) for name, path in paths.items() if len(path) != frames}:
         raise ValueError(f"camera has {wrong} poses for {frames} frames")
-    first = next(iter(paths.values())).extrinsics[0]
+    first = list(paths.values())[reference_view(list(views.values()))].extrinsics[0]
     compression = pipe.vae.config.spatial_compression, pipe.vae.config.temporal_compression
     rays = [
         plucker_rays(p.intrinsics, p.extrinsics, height, width, *compression, reference=first) for p in paths.values()

@@ -7,8 +7,9 @@ output; of views, how much the others change with the first.
 import torch
 from torch import nn
 
+from ..conditioning.camera import move_rays
 from ..conditioning.frames import condition_indicator
-from ..conditioning.views import draw_given_frames, pick_views
+from ..conditioning.views import draw_given_frames, pick_views, reference_view
 from .adaptation import sensitivities
 from .cache import LatentDataset
 from .diffusion import DiffusionLoss, WorldModel, validate
@@ -33,7 +34,7 @@ class ConditionedLoss(DiffusionLoss):
         return draw_given_frames(len(latents), views, frames, most, self.config.whole_views, latents.device)
 
     def draw_views(self, batch: dict) -> dict:
-        """The batch with `views_per_step` of its views, in their order."""
+        """The batch with `views_per_step` of its views, in their order; rays as a call of those views has them."""
         views, count = len(self.config.views), self.config.views_per_step
         if not count:
             return batch
@@ -42,6 +43,9 @@ class ConditionedLoss(DiffusionLoss):
         if batch.get("actions") is not None and batch["actions"].shape[1] > 1:
             axes["actions"] = 1
         picked = {name: pick_views(batch[name], indices, views, dim) for name, dim in axes.items() if name in batch}
+        if "camera" in picked:
+            first = batch["first_cameras"][:, indices[reference_view(indices)]]
+            picked["camera"] = move_rays(picked["camera"], first)
         return batch | picked | {"view_indices": indices}
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
-from ..conditioning.camera import plucker_rays
+from ..conditioning.camera import plucker_rays, relative_extrinsics
 from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_spec, trajectory_vector
-from ..conditioning.views import join_views
+from ..conditioning.views import join_views, reference_view
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
@@ -158,7 +158,8 @@ def reference_poses(camera: dict, window: slice = slice(None)) -> torch.Tensor:
 
 class ConditionBatches:
     """Samples -> batches with the network's inputs: `actions` [B, T', f A], or [B, 1, 3 N] of trajectories, and `camera`
-    [B, 6, T', H', W']. Of several views T' is that of all of them.
+    [B, 6, T', H', W']. Of several views T' is that of all of them, and where a step draws some of them `first_cameras`
+    [B, V, 4, 4] tells where each begins, in the coordinates of the rays.
 
     Text is as `Texts` gives it, and zero for samples (or views) without a caption.
     """
@@ -185,6 +186,8 @@ class ConditionBatches:
             height, width = (size * self.spatial for size in batch["latents"].shape[-2:])
             size = height, width, self.spatial, self.temporal
             batch["camera"] = torch.stack([self._rays(sample["camera"], size) for sample in samples])
+            if self.config.views_per_step:
+                batch["first_cameras"] = torch.stack([self._first_cameras(sample["camera"]) for sample in samples])
         return batch
 
     def _actions(self, sample: dict) -> torch.Tensor:
@@ -199,8 +202,12 @@ class ConditionBatches:
         poses = camera["extrinsics"]
         if not self.config.views:
             return plucker_rays(camera["intrinsics"], poses, *size)
-        # One world for all views: that of the first one's first camera.
-        return join_views(plucker_rays(camera["intrinsics"], poses, *size, reference=poses[0, 0]), dim=0)
+        first = poses[reference_view(range(len(poses))), 0]
+        return join_views(plucker_rays(camera["intrinsics"], poses, *size, reference=first), dim=0)
+
+    def _first_cameras(self, camera: dict) -> torch.Tensor:
+        poses = camera["extrinsics"].double()[:, 0]
+        return relative_extrinsics(poses, poses[reference_view(range(len(poses)))]).float()
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
