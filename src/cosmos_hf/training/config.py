@@ -82,6 +82,31 @@ class RunConfig:
 
 
 @dataclass
+class WindowSettings(RunConfig):
+    """How the world models of both families read clips, and what they keep of them (`cache`)."""
+
+    cache_dir: str = field(
+        default="", metadata={"help": "where latents (or codes) and text are kept; empty: output_dir/cache"}
+    )
+    window_starts: list[int] = field(
+        default_factory=list,
+        metadata={"help": "first frames of the windows; none: so many that they cover every clip"},
+    )
+    height: int = field(default=0, metadata={"help": "resize to this; 0: as stored"})
+    width: int = 0
+    fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
+    val_clips: int = field(default=32, metadata={"help": "clips of each validation set to measure on"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.height) != bool(self.width):
+            raise ValueError("give height and width together")
+        if any(start < 0 for start in self.window_starts):
+            raise ValueError(f"window_starts must be frames >= 0, got {self.window_starts}")
+        self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
+
+
+@dataclass
 class TokenizerConfig(RunConfig):
     """A run of `training/train_tokenizer.py`. The weights are those of the terms in `losses`; 0 leaves a term out."""
 
