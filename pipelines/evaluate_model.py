@@ -42,6 +42,7 @@ def main(argv=None):
     parser.add_argument("--model", default=nano_path("video2world"))
     parser.add_argument("--adapter", help="folder of an adapter, as training/posttrain.py writes it")
     parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
+    parser.add_argument("--camera", help="which camera to read of clips that have several")
     parser.add_argument("--output", default="outputs/evaluation.json")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set")
     parser.add_argument("--conditioning_frames", type=int, nargs="+", default=[1, 9])
@@ -61,7 +62,7 @@ def main(argv=None):
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, pipe)}
         for name, path in zip(data_names(args.data), args.data, strict=True):
-            clips = ClipDataset(path, num_frames=pipe.config.num_frames, random=False)
+            clips = ClipDataset(path, num_frames=pipe.config.num_frames, random=False, views=args.camera)
             samples = [clips[i] for i in range(min(args.num_clips, len(clips)))]
             entry = {
                 "tokenizer": evaluate_reconstruction(reconstructor(pipe.vae), samples, perceptual, args.device)[

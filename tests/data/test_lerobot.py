@@ -177,6 +177,10 @@ def test_a_single_camera_is_the_clips_video(tmp_path):
     write_v30(tmp_path / "set", ("top",))
     sample = ClipDataset(tmp_path / "set", random=False)[1]
     assert sample["video"].shape == (3, 6, 32, 48) and sample["actions"].shape == (5, 3)
+    named = ClipDataset(tmp_path / "set", views="top", random=False)[1]  # as of a data set with several
+    assert torch.equal(named["video"], sample["video"])
+    with pytest.raises(ValueError, match="of the views top: no wrist"):
+        ClipDataset(tmp_path / "set", views="wrist", random=False)[1]
 
 
 def test_what_is_wrong_is_said(dataset):

@@ -8,7 +8,7 @@ crop.
 
 A clip of several cameras has a video for each, `<view>.mp4`. Read with `views=("front", "left")` its sample has `views` and an
 axis V of them before all others in `video`, `camera`, `masks` and `depth`, and `view_captions`, one text for each; read with
-`views="front"` it is a sample of one camera like any other.
+`views="front"` it is a sample of one camera like any other; a clip that has one alone is read as it is then.
 """
 
 import hashlib
@@ -175,9 +175,12 @@ class SampleReader:
         if self.views is None:
             if "" not in found:
                 raise ValueError(
-                    f"the clip has the views {', '.join(sorted(found))}: choose one or several by `views`"
+                    f"the clip has the views {', '.join(sorted(found))}: name one as `camera` (a setting of training runs, "
+                    "--camera of evaluations), or one or several as `views` of a ClipDataset"
                 )
             return {"": found[""]}
+        if isinstance(self.views, str) and found.keys() == {""}:
+            return found
         wanted = (self.views,) if isinstance(self.views, str) else tuple(self.views)
         missing = [view for view in wanted if view not in found]
         if missing or not wanted:

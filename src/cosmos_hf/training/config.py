@@ -22,6 +22,7 @@ class RunConfig:
     output_dir: str = field(default="", metadata={"help": "folder of checkpoints, log and export"})
     data: list[str] = field(default_factory=list, metadata={"help": "folders of shards or videos to train on"})
     val_data: list[str] = field(default_factory=list, metadata={"help": "folders to validate on; none: no validation"})
+    camera: str = field(default="", metadata={"help": "which camera to read of clips that have several"})
     preset: str = field(default="tiny", metadata={"help": "size of the model: a name in its PRESETS table"})
     init_from: str = field(
         default="", metadata={"help": "folder of a saved model to start from; empty: random weights"}

@@ -208,7 +208,8 @@ def build_datasets(
 ) -> tuple[LatentDataset, dict[str, LatentDataset]]:
     """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips).
 
-    `arrays` are the names of what samples have besides, such as `actions` and `camera`; `views` those of the cameras to read.
+    `arrays` are the names of what samples have besides, such as `actions` and `camera`; `views` those of the cameras to read
+    together; without them a clip of several is read as one of `config.camera`.
     """
     if (config.num_frames - 1) % vae.config.temporal_compression:
         raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
@@ -226,7 +227,7 @@ def build_datasets(
             random=False,
             need_caption=need_caption,
             on_broken=config.on_broken,
-            views=views,
+            views=views or config.camera or None,
         )
         share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes, arrays=arrays)
         return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)

@@ -95,7 +95,7 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         self._check_views(settings.get("views"))
 
     def _check_views(self, base_views: list[str] | None):
-        self.views = check_run_views(self.views, base_views, "views" in self.conditions)
+        self.views = check_run_views(self, base_views)
         if self.views_per_step and not 2 <= self.views_per_step <= len(self.views):
             raise ValueError(f"views_per_step must be 0 (all) or 2 to {len(self.views)}, got {self.views_per_step}")
         if not 0 <= self.whole_views <= 1 or self.trajectory_points < 1:
@@ -108,7 +108,7 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
-        """The cameras of a clip to read; None for clips of one."""
+        """The cameras of a clip to read together; None for one alone."""
         return tuple(self.views) or None
 
 

@@ -77,7 +77,7 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
             raise ValueError(
                 f"conditions of an autoregressive base must be one or several of {', '.join(CONDITIONS)}, got {self.conditions}"
             )
-        self.views = check_run_views(self.views, settings.get("views"), "views" in self.conditions)
+        self.views = check_run_views(self, settings.get("views"))
         reads_text = base.get("cross_attention_dim") is not None or "instruction" in self.conditions
         if base and reads_text and not self.text_encoder:
             raise ValueError(
@@ -97,7 +97,7 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
-        """The cameras of a clip to read; None for clips of one."""
+        """The cameras of a clip to read together; None for one alone."""
         return tuple(self.views) or None
 
 
