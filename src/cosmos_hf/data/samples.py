@@ -47,9 +47,9 @@ class VideoSegment:
         return int((self.num_frames - 1) / self.fps * rate + 1e-6) + 1, rate
 
     def read(self, num_frames: int | None, fps: float | None, height, width, start: float) -> Clip:
-        """As `video.read_video`."""
+        """As `video.read_video`; the first frame is the one nearest to `start`, which data sets give rounded."""
         num_frames = num_frames or self.count(fps)[0]
-        return read_video(self.path, num_frames, fps, height, width, self.start + start)
+        return read_video(self.path, num_frames, fps, height, width, self.start + start, nearest=True)
 
 
 @dataclass
