@@ -14,8 +14,10 @@ axis V of them before all others in `video`, `camera`, `masks` and `depth`, and 
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..conditioning.camera import crop_intrinsics, fit_intrinsics
-from .video import Clip, count_frames, read_video, source_size
+from .video import Clip, count_frames, read_video, source_size, stream_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PER_FRAME = ("states", "object_positions", "car_states", "extrinsics", "masks", "depth")
@@ -50,6 +52,15 @@ class VideoSegment:
         """As `video.read_video`; the first frame is the one nearest to `start`, which data sets give rounded."""
         num_frames = num_frames or self.count(fps)[0]
         return read_video(self.path, num_frames, fps, height, width, self.start + start, nearest=True)
+
+    def stream(self) -> Iterator[tuple[float, Image.Image]]:
+        """As `video.stream_video`."""
+        count = 0
+        for frame in islice(stream_video(self.path, start=self.start, nearest=True), self.num_frames):
+            yield frame
+            count += 1
+        if count < self.num_frames:
+            raise ValueError(f"{self.path} has {count} frames after {self.start:g} s, {self.num_frames} are needed")
 
 
 @dataclass
@@ -147,7 +158,7 @@ class SampleReader:
             raise ValueError(f"{key}.json is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{key}.json must hold an object, got {type(record).__name__}")
-        caption = _bytes(files["txt"]).decode().strip() if "txt" in files else record.get("caption") or ""
+        caption = _bytes(files["txt"]).decode("utf-8-sig").strip() if "txt" in files else record.get("caption") or ""
         if not isinstance(caption, str):
             raise ValueError(f"'caption' in {key}.json must be a string, got {type(caption).__name__}")
         if self.need_caption and not caption:
@@ -195,25 +206,36 @@ class SampleReader:
         clips = {view: _read(file, wanted, self.fps, self.size, begin) for view, file in self.videos(files).items()}
         clip = _agreeing(clips)
         length = length or clip.frames.shape[1]
-        caption, record = self.text(files, key)
-        told, own = record.get("fps"), clip.source.get("source_fps")
-        if told is not None and abs(own - told) > 0.01 * own:
-            raise ValueError(f"the video runs at {own:g} fps, its record says {told}")
+        stored = tuple(clip.source["source_size"])
+        caption, record, arrays = self.beside(files, key, length, clip.source.get("source_fps"), stored)
         several = self.views is not None and not isinstance(self.views, str)
         video = torch.stack([c.frames for c in clips.values()]) if several else clip.frames
         sample = {"video": video, "fps": float(clip.fps), "caption": caption, "key": key, "record": record}
         sample["start"] = start
         if several:
             sample |= {"views": list(clips), "view_captions": self.view_captions(caption, record)}
-        sample |= self._arrays(files, record, length, own)
+        sample |= arrays
         window_arrays(sample, slice(start, start + clip.frames.shape[1]))
-        stored = tuple(clip.source["source_size"])
-        for name in PICTURES:
-            if name in sample and sample[name].shape[-2:] != stored:
-                raise ValueError(f"{name} of {tuple(sample[name].shape[-2:])} for frames of {stored}")
         if self.size is not None:
             self._resize_geometry(sample, *stored)
         return sample
+
+    def beside(
+        self, files: dict[str, bytes | Path], key: str, length: int, own: float, stored: tuple[int, int]
+    ) -> tuple[str, dict, dict]:
+        """(caption, record, arrays) of a whole clip, without decoding its video.
+
+        Raises ValueError for what contradicts its `length` in frames, `own` frames per second and `stored` (height, width).
+        """
+        caption, record = self.text(files, key)
+        told = record.get("fps")
+        if told is not None and abs(own - told) > 0.01 * own:
+            raise ValueError(f"the video runs at {own:g} fps, its record says {told}")
+        arrays = self._arrays(files, record, length, own)
+        for name in PICTURES:
+            if name in arrays and arrays[name].shape[-2:] != stored:
+                raise ValueError(f"{name} of {tuple(arrays[name].shape[-2:])} for frames of {stored}")
+        return caption, record, arrays
 
     def _arrays(self, files, record: dict, length: int, own: float) -> dict:
         """The arrays of a whole clip of `length` frames, stored at `own` frames per second."""
@@ -259,7 +281,8 @@ def _agreeing(clips: dict[str, Clip]) -> Clip:
         if clip.frames.shape != first.frames.shape or abs(clip.fps - first.fps) > 1e-6:
             raise ValueError(
                 f"the view {view!r} has frames {tuple(clip.frames.shape[1:])} at {clip.fps:g} fps, "
-                f"{next(iter(clips))!r} {tuple(first.frames.shape[1:])} at {first.fps:g}"
+                f"{next(iter(clips))!r} {tuple(first.frames.shape[1:])} at {first.fps:g}; a size (height, width) makes views of "
+                "different sizes alike"
             )
     return first
 
@@ -297,6 +320,11 @@ def _read(file: bytes | Path | VideoSegment, num_frames, fps, size, start: float
     height, width = size or (None, None)
     read = file.read if isinstance(file, VideoSegment) else partial(read_video, file)
     return read(num_frames, fps, height, width, start)
+
+
+def stream_frames(file: bytes | Path | VideoSegment) -> Iterator[tuple[float, Image.Image]]:
+    """The frames of a sample's video one by one, as (fps, picture)."""
+    return file.stream() if isinstance(file, VideoSegment) else stream_video(file)
 
 
 def _bytes(file: bytes | Path) -> bytes:
