@@ -100,6 +100,10 @@ def test_one_camera_of_several_is_a_clip_like_any_other(make, data, cache):
     assert sample["camera"]["extrinsics"].shape == (9, 4, 4) and validation[data.name][0]["latents"].shape[1] == 3
     batch = batches.collate([dataset[i, 0] for i in range(2)])
     assert batch["camera"].shape == (2, 6, 3, 4, 6) and torch.isfinite(loss_of(model, batch)[0])
+    zooming = sample["camera"] | {"intrinsics": sample["camera"]["intrinsics"].expand(9, 3, 3)}  # as many as frames
+    assert torch.equal(batches.collate([sample | {"camera": zooming}])["camera"][0], batch["camera"][1])
+    with pytest.raises(ValueError, match="clip 'clip-1': actions have 1 numbers"):
+        batches.collate([sample | {"actions": sample["actions"][:, :1]}])
 
     known = dict(data=[str(data)], camera="left", vae=config.vae, cache_dir=cache, num_frames=9, progress=False)
     for config in (DiffusionConfig(train_text_encoder=True, **known), AutoregressiveConfig(**known)):

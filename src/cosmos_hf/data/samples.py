@@ -2,9 +2,9 @@
 
 A sample is a dict: `video` uint8 [3, T, H, W], `fps`, `caption`, `key`, `record` (the JSON that lay beside the video),
 `start` (its first frame in the stored clip), and where the data have them `actions` and `commands` [T-1, A], `states`
-[T, S], `object_positions` [T, N, 3], `car_states` [T, N, 3], `camera` {"intrinsics" [3, 3] in pixels, "extrinsics"
-[T, 4, 4] world to camera}, `masks` uint8 [T, H, W] and `depth` [T, H, W]. All of them follow the window, the size and the
-crop.
+[T, S], `object_positions` [T, N, 3], `car_states` [T, N, 3], `camera` {"intrinsics" [3, 3] or [T, 3, 3] in pixels,
+"extrinsics" [T, 4, 4] world to camera}, `masks` uint8 [T, H, W] and `depth` [T, H, W]. All of them follow the window, the size
+and the crop.
 
 A clip of several cameras has a video for each, `<view>.mp4`. Read with `views=("front", "left")` its sample has `views` and an
 axis V of them before all others in `video`, `camera`, `masks` and `depth`, and `view_captions`, one text for each; read with
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..conditioning.camera import crop_intrinsics, fit_intrinsics
+from ..conditioning.camera import check_extrinsics, check_intrinsics, crop_intrinsics, fit_intrinsics
 from .video import Clip, count_frames, read_video, source_size, stream_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -99,7 +99,7 @@ class SampleReader:
     def read_arrays(self, files: dict[str, bytes | Path], key: str, names: tuple[str, ...]) -> dict:
         """These arrays of a whole clip, as in a sample (`window_arrays` cuts them), without decoding its video.
 
-        Raises ValueError for one that the clip lacks.
+        Raises ValueError for one that the clip lacks, and for a camera that is none.
         """
         video = self.video(files)
         sample = self._arrays(files, self.text(files, key)[1], self.length(files)[0], _count(video, None)[1])
@@ -107,6 +107,9 @@ class SampleReader:
             there = ", ".join(sorted(sample)) or "none"
             raise ValueError(f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}")
         sample = {name: sample[name] for name in names}
+        if "camera" in sample:
+            check_intrinsics(sample["camera"]["intrinsics"])
+            check_extrinsics(sample["camera"]["extrinsics"])
         if self.size is not None and "camera" in sample:
             self._resize_geometry(sample, *source_size(video.path if isinstance(video, VideoSegment) else video))
         return sample
@@ -340,7 +343,10 @@ def _read_arrays(file: bytes | Path, length: int, views: int | list[int] | None)
             if views is not None and name in PER_VIEW:
                 array = array[views]
             axis = int(isinstance(views, list) and name in PER_VIEW)
-            expected = length if name in PER_FRAME else length - 1 if name in PER_STEP else None
+            per_frame = name in PER_FRAME
+            if name == "intrinsics" and array.ndim == axis + 3:  # of a lens that zooms; or one for all frames
+                per_frame, array = array.shape[axis] != 1, array.squeeze(axis) if array.shape[axis] == 1 else array
+            expected = length if per_frame else length - 1 if name in PER_STEP else None
             if expected is not None and (array.ndim <= axis or array.shape[axis] != expected):
                 entries = array.shape[axis] if array.ndim > axis else "no"
                 raise ValueError(f"{name} has {entries} entries for {length} frames, {expected} are needed")
@@ -362,4 +368,6 @@ def window_arrays(sample: dict, window: slice):
         if name in sample:
             sample[name] = sample[name][window.start : window.stop - 1]
     if "camera" in sample:
-        sample["camera"] = sample["camera"] | {"extrinsics": sample["camera"]["extrinsics"][(*lead, window)]}
+        camera = sample["camera"]
+        per_frame = [name for name, array in camera.items() if array.ndim == camera["extrinsics"].ndim]
+        sample["camera"] = camera | {name: camera[name][(*lead, window)] for name in per_frame}

@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def check_run_views(config: AdapterSettings, base_views: list[str] | None) -> li
     if views and config.camera:
         raise ValueError(f"camera names the one view to read, but this run has {', '.join(views)}: leave camera out")
     return views
+
+
+@contextmanager
+def errors_of(sample: dict) -> Iterator[None]:
+    """A ValueError within says which clip it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"clip {sample['key']!r}: {error}") from error
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from .adaptation import (
     check_init_from,
     check_run_views,
     check_same_output,
+    errors_of,
     freeze,
     pipeline_settings,
     save_adapter,
@@ -183,23 +184,26 @@ class ConditionBatches:
         if "camera" in self.config.conditions:
             height, width = (size * self.spatial for size in batch["latents"].shape[-2:])
             size = height, width, self.spatial, self.temporal
-            batch["camera"] = torch.stack([self._rays(sample["camera"], size) for sample in samples])
+            batch["camera"] = torch.stack([self._rays(sample, size) for sample in samples])
         return batch
 
     def _actions(self, sample: dict) -> torch.Tensor:
         if self.spec.kind == "trajectory":
             count = self.config.trajectory_points
-            points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
-            return trajectory_vector(self.spec, points, count)
-        actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
+            with errors_of(sample):
+                points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
+                return trajectory_vector(self.spec, points, count)
+        with errors_of(sample):
+            actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
-    def _rays(self, camera: dict, size: tuple[int, ...]) -> torch.Tensor:
-        poses = camera["extrinsics"]
-        if not self.config.views:
-            return plucker_rays(camera["intrinsics"], poses, *size)
-        # One world for all views: that of the first one's first camera.
-        return join_views(plucker_rays(camera["intrinsics"], poses, *size, reference=poses[0, 0]), dim=0)
+    def _rays(self, sample: dict, size: tuple[int, ...]) -> torch.Tensor:
+        intrinsics, poses = sample["camera"]["intrinsics"], sample["camera"]["extrinsics"]
+        with errors_of(sample):
+            if not self.config.views:
+                return plucker_rays(intrinsics, poses, *size)
+            # One world for all views: that of the first one's first camera.
+            return join_views(plucker_rays(intrinsics, poses, *size, reference=poses[0, 0]), dim=0)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from .adaptation import (
     check_init_from,
     check_run_views,
     check_same_output,
+    errors_of,
     freeze,
     pipeline_settings,
     save_adapter,
@@ -122,9 +123,12 @@ class ConditionTokens(TokenBatches):
             told = torch.tensor([bool(sample["caption"]) for sample in samples])
             batch["text"] = batch["text"] * told[:, None, None]
         if self.spec is not None:
-            actions = [self.spec.inputs(sample["actions"], sample["fps"]) for sample in samples]
-            batch["actions"] = torch.stack([group_actions(part, self.temporal) for part in actions])
+            batch["actions"] = torch.stack([self._actions(sample) for sample in samples])
         return batch
+
+    def _actions(self, sample: dict) -> torch.Tensor:
+        with errors_of(sample):
+            return group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
