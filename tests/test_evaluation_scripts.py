@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,21 @@ def test_an_autoregressive_model_beside_still_pictures(tmp_path):
     assert 500 < figures["perplexity"] < 2000 and figures["seconds_per_generated_second"] > 0
     assert figures["model"]["psnr"]["mean"]["count"] == 2 and figures["copy_last_frame"]["psnr"]["mean"]["mean"] > 15
     assert (tmp_path / "out" / "clips-1.png").exists()
+    for i in range(2):  # the same clips, as a camera of clips that have another one, too
+        (tmp_path / "clips" / f"{i}.mp4").rename(tmp_path / "clips" / f"{i}.front.mp4")
+        write_video(tmp_path / "clips" / f"{i}.left.mp4", clip.contiguous().flip(3), fps=5)
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        for path in (tmp_path / "clips").iterdir():
+            archive.add(path, path.name)
+    given = (
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "clips.tar",
+        "--output",
+        tmp_path / "out.json",
+        *options,
+    )
+    runpy.run_path(str(WORLD_SCRIPT))["main"]([str(value) for value in (*given, "--camera", "front")])
+    again = json.loads((tmp_path / "out.json").read_text())["clips.tar"]["from_1_frames"]
+    assert again["copy_last_frame"] == figures["copy_last_frame"] and again["perplexity"] == figures["perplexity"]

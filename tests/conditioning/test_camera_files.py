@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,22 @@ def test_realestate10k(path, tmp_path):
     torch.testing.assert_close(larger.fit(96, 128).intrinsics, path.intrinsics)
     with pytest.raises(ValueError, match="give its height and width"):
         read_cameras(tmp_path / "clip.txt")
+
+
+@pytest.mark.parametrize("write", ["nerfstudio", "text", "binary"])
+def test_frames_are_in_the_order_of_their_numbers(path, tmp_path, write):
+    """2 before 10, whether zeros are written in front or not."""
+    path = replace(path, names=tuple(f"images/frame_{i}.png" for i in (0, 1, 2, 10, 11)))
+    writers = dict(nerfstudio=write_nerfstudio, text=write_colmap_text, binary=write_colmap_binary)
+    writers[write](tmp_path / "scene", path)
+    assert_same(read_cameras(tmp_path / "scene"), path)
+
+
+@pytest.mark.parametrize("write", [write_colmap_text, write_colmap_binary])
+def test_pictures_without_numbers_are_in_the_order_of_their_ids(path, tmp_path, write):
+    path = replace(path, names=("left.png", "ahead.png", "right.png", "back.png", "above.png"))
+    write(tmp_path / "scene", path)
+    assert_same(read_cameras(tmp_path / "scene"), path)
 
 
 def assert_same(cameras, path, names=True):

@@ -102,6 +102,20 @@ def test_lists_in_the_json_of_a_video(tmp_path):
     assert sample["actions"].tolist() == [[1, 2]] * 8 and sample["camera"]["intrinsics"][0, 0] == 100
 
 
+def test_a_byte_order_mark_hides_nothing(tmp_path):
+    """Excel and some editors begin a file with one."""
+    write_video(tmp_path / "a.mp4", clip(), 5)
+    write_csv(tmp_path / "a.csv", ["action_x", "action_y"], [[1, 2]] * 8)
+    (tmp_path / "a.txt").write_text("a table")
+    for name in ("a.csv", "a.txt"):
+        (tmp_path / name).write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
+    sample = ClipDataset(tmp_path, random=False)[0]
+    assert sample["actions"].shape == (8, 2) and sample["caption"] == "a table"
+    (tmp_path / "a.csv").unlink()
+    (tmp_path / "a.json").write_text(json.dumps({"actions": [[1, 2]] * 8}), encoding="utf-8-sig")
+    assert ClipDataset(tmp_path, random=False)[0]["actions"].shape == (8, 2)
+
+
 def test_what_is_wrong_with_a_table(tmp_path):
     write_video(tmp_path / "a.mp4", clip(), 5)
     for names, table, message in (

@@ -148,6 +148,32 @@ def test_windows_stay_within_their_episode(dataset):
         ClipDataset(dataset, views="top", num_frames=7)[1]
 
 
+@pytest.mark.parametrize("off", [-1e-2, -9e-5, 9e-5, 1e-2])
+@pytest.mark.parametrize("first", [9, 40])  # the second episode begins early in its file, or behind what is searched
+def test_a_rounded_start_is_the_nearest_frame(tmp_path, off, first):
+    """LeRobot rounds the times at which episodes begin, and its files' time stamps drift from them."""
+    root, lengths = tmp_path / "set", (first, 6)
+
+    def steps(episode, length):
+        levels = 40 + 10 * episode + 20 * (torch.arange(length) % 7)
+        return levels.to(torch.uint8).view(1, -1, 1, 1).repeat(3, 1, 32, 48)
+
+    with LeRobotWriter(root, 5, SPEC) as writer:
+        for episode, length in enumerate(lengths):
+            writer.add({"top": steps(episode, length)}, numbers(episode, length)["action"][:-1])
+    both = torch.cat([steps(episode, length) for episode, length in enumerate(lengths)], dim=1)
+    (path,) = (root / "meta/episodes").rglob("*.parquet")
+    rows, key = parquet.read_table(path).to_pylist(), "videos/observation.images.top"
+    write_video(root / "videos/observation.images.top/chunk-000/file-000.mp4", both, 5, crf=5)
+    rows[1] |= {f"{key}/file_index": 0, f"{key}/from_timestamp": first / 5 + off}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    for reading, start in ((dict(), 0), (dict(num_frames=5), 1)):
+        clips = ClipDataset(root, **reading)
+        sample = next(sample for draw in range(20) if (sample := clips[1, draw])["start"] == start)
+        levels = sample["video"].float().mean((0, 2, 3))
+        np.testing.assert_allclose(levels, steps(1, 6)[0, start:, 0, 0][: len(levels)], atol=4)
+
+
 def test_resampling_counts_an_episode_not_its_file(dataset):
     reader = ClipDataset(dataset, views="top", fps=10, random=False).reader
     files = {k: v for k, v in open_clips(dataset).read("episode_000000").items() if k.endswith("mp4")}
@@ -177,6 +203,10 @@ def test_a_single_camera_is_the_clips_video(tmp_path):
     write_v30(tmp_path / "set", ("top",))
     sample = ClipDataset(tmp_path / "set", random=False)[1]
     assert sample["video"].shape == (3, 6, 32, 48) and sample["actions"].shape == (5, 3)
+    named = ClipDataset(tmp_path / "set", views="top", random=False)[1]  # as of a data set with several
+    assert torch.equal(named["video"], sample["video"])
+    with pytest.raises(ValueError, match="of the views top: no wrist"):
+        ClipDataset(tmp_path / "set", views="wrist", random=False)[1]
 
 
 def test_what_is_wrong_is_said(dataset):

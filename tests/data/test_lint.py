@@ -109,6 +109,30 @@ def test_faults_of_cameras(tmp_path, faults, words):
     assert [(f.level, f.clips) for f in findings if words in f.what] == [("error", ("episode_000003",))], findings
 
 
+def test_cameras_of_different_sizes_hide_nothing_else(tmp_path):
+    """Training with a height and width reads them; the other checks go on."""
+    faults = {n: {"wrist": pictures(1, n).repeat_interleave(2, -1).repeat_interleave(2, -2)} for n in range(6)}
+    assert [str(finding) for finding in lint(write_views(tmp_path / "clean", faults))] == [
+        "warning: cameras differ in size (height x width): top 32x48, wrist 64x96; to read them together set height and width, "
+        "to read one set camera"
+    ]
+    faults[3]["top"] = torch.zeros(3, 9, 32, 48, dtype=torch.uint8)
+    findings = lint(write_views(tmp_path / "set", faults), num_frames=17)
+    assert [finding.level for finding in findings] == ["error", "error", "warning"]
+    assert "shorter than 17 frames" in findings[0].what and "camera 'top' is dead" in findings[1].what
+    assert findings[1].clips == ("episode_000003",)
+
+
+def test_episodes_are_looked_at_frame_by_frame(tmp_path, monkeypatch):
+    """None lies in memory whole, however long."""
+
+    def read_video(*_):
+        raise AssertionError("all frames at once")
+
+    monkeypatch.setattr("cosmos_hf.data.samples.read_video", read_video)
+    assert lint(write_views(tmp_path / "a")) == lint(write_folder(tmp_path / "b")) == []
+
+
 def test_a_broken_stream_and_a_missing_file(tmp_path):
     root = write_views(tmp_path / "set")
     videos = sorted((root / "videos/observation.images.top").rglob("*.mp4"))
@@ -135,6 +159,7 @@ def test_wrong_arguments_are_a_message(tmp_path, capsys):
         (["lint", str(tmp_path / "none")], "no such file or folder"),
         (["lint", str(tmp_path)], "holds neither"),
         (["lint", str(tmp_path), "--action_spec", str(tmp_path)], "action_spec.json is missing"),
+        (["lint", str(tmp_path), "--num_frames", "8", "--temporal_compression", "4"], "takes 1 + k * 4: 5 or 9"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -79,6 +79,23 @@ def test_window_moves_every_array_along(files):
     assert {SampleReader(num_frames=5, random=False).read(files, "k", draw(s))["start"] for s in range(5)} == {0}
 
 
+def test_intrinsics_of_every_frame_move_along(files):
+    """Of a lens that zooms; one that stands in front of all frames is theirs."""
+    still = np.array([[40.0, 0, 36], [0, 40, 12], [0, 0, 1]])
+    zooming = np.tile(still, (FRAMES, 1, 1))
+    zooming[:, 0, 0] += np.arange(FRAMES)
+    reader = SampleReader(num_frames=5, size=(64, 96))
+    for seed in range(4):
+        sample = reader.read(repacked(files, intrinsics=zooming), "k", draw(seed))
+        start = sample["start"]
+        assert sample["camera"]["intrinsics"][:, 0, 0].tolist() == [2.0 * (40 + t) for t in range(start, start + 5)]
+    assert reader.read(repacked(files, intrinsics=still[None]), "k", draw(0))["camera"]["intrinsics"].shape == (3, 3)
+    with pytest.raises(ValueError, match="intrinsics has 8 entries for 9 frames, 9 are needed"):
+        reader.read(repacked(files, intrinsics=zooming[1:]), "k", draw(0))
+    with pytest.raises(ValueError, match="extrinsics hold no rotation"):
+        reader.read_arrays(repacked(files, extrinsics=2 * np.tile(np.eye(4), (FRAMES, 1, 1))), "k", ("camera",))
+
+
 @pytest.mark.parametrize(
     "reader",
     [

@@ -32,6 +32,12 @@ def pipe(video2world):
     return pipe
 
 
+def seen_in(height, width):
+    """The camera of pictures of this size, as a dict that does not say so."""
+    intrinsics = [[float(width), 0, width / 2], [0, float(width), height / 2], [0, 0, 1]]
+    return {"intrinsics": intrinsics, "extrinsics": np.tile(np.eye(4), (9, 1, 1))}
+
+
 def plan(speed=0.5, steps=8):
     actions = np.zeros((steps, 7), dtype=np.float32)
     actions[:, 0], actions[:, 6] = speed, 1
@@ -98,12 +104,22 @@ def test_action_guidance_strengthens_what_actions_do(pipe):
         (dict(camera=path(frames=5)), "camera has 5 poses for 9 frames"),
         (dict(camera={"extrinsics": 1}), "camera must be a CameraPath or a dict with intrinsics and extrinsics"),
         (dict(camera={"intrinsics": 1, "extrinsics": 1, "fov": 1}), "unknown entries fov"),
+        (
+            dict(camera=seen_in(480, 640)),
+            r"principal point \(x 320, y 240\) lies outside its pictures of 32x48 .*Scale them, or say height and width",
+        ),
         (dict(fit="pad"), "fit='pad' moves the picture within the frame, which a camera cannot follow"),
     ],
 )
 def test_what_does_not_fit_is_refused(pipe, given, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, **given)
+
+
+def test_a_camera_of_larger_pictures_says_their_size(pipe):
+    torch.testing.assert_close(
+        run(pipe, camera=seen_in(320, 480) | dict(height=320, width=480)), run(pipe, camera=seen_in(32, 48))
+    )
 
 
 def test_conditions_that_a_model_has_no_use_for_are_refused(video2world, text2world):

@@ -1,5 +1,6 @@
 """Latents and text embeddings on disk: what they are, and when they are made again."""
 
+import logging
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
-from cosmos_hf.training.cache import cache_latents, cache_text, load_text, model_hash
+from cosmos_hf.training.cache import cache_latents, cache_text, covering_starts, load_text, model_hash
 from cosmos_hf.training.text import build_text_encoder, embed_tokens, tokenize, train_vocabulary
 
 
@@ -91,6 +92,29 @@ def test_windows_that_do_not_fit(clips, tokenizer, tmp_path):
         cached(clips, tokenizer, tmp_path, starts=(5,))
     with pytest.raises(ValueError, match="caching needs whole clips"):
         cache_latents(ClipDataset(clips), tokenizer, tmp_path, 9, [0])
+
+
+@pytest.mark.parametrize("num_frames", [1, 9, 17])
+@pytest.mark.parametrize("length", [1, 9, 10, 17, 26, 33, 100, 121])
+def test_windows_that_cover_a_clip(length, num_frames):
+    starts = covering_starts(length, num_frames)
+    seen = {frame for start in starts for frame in range(start, start + num_frames)}
+    assert seen == (set(range(length)) if length >= num_frames else set())
+    assert len(starts) == (-(-length // num_frames) if length >= num_frames else 0)  # none more than needed
+    assert starts == sorted(starts) and starts[:1] in ([], [0])
+
+
+def test_without_starts_every_frame_lies_in_a_window(clips, tokenizer, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    dataset = cached(clips, tokenizer, tmp_path, starts=())
+    assert [list(windows.values()) for windows in dataset.windows] == 6 * [[slice(0, 9), slice(4, 13)]]
+    assert f"{clips}: 78 of 78 frames lie in a window of 9 frames" in caplog.text
+    before = times(tmp_path)
+    assert list(cached(clips, tokenizer, tmp_path, starts=(4,)).windows[0].values()) == [slice(4, 13)]
+    assert f"{clips}: 54 of 78 frames lie in a window" in caplog.text
+    assert times(tmp_path) == before  # a window is one file, whatever chose its start
+    one, other = (cached(clips, tokenizer, tmp_path, starts=starts).first(2)[1] for starts in ((), (0,)))
+    assert torch.equal(one["latents"], other["latents"])
 
 
 def test_text_embeddings(tmp_path):

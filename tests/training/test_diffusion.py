@@ -232,7 +232,7 @@ def test_reload_check_sees_a_difference(make):
         (dict(family="autoregressive"), "family must be diffusion"),
         (dict(height=32), "height and width together"),
         (dict(text_dropout=1.0), r"text_dropout must be in \[0, 1\)"),
-        (dict(window_starts=[]), "window_starts must be"),
+        (dict(window_starts=[0, -4]), "window_starts must be frames >= 0"),
         (dict(preset="huge"), "unknown preset 'huge'"),
         (dict(text_preset="nano"), "the text encoder is 128 wide, the transformer takes 32"),
         (dict(num_frames=8), r"num_frames must be 1 \+ k \* 4, got 8"),

@@ -165,6 +165,12 @@ def test_actions_are_learned_and_the_figures_show_it(make, data):
     assert {f"{data.name}_perplexity", f"{data.name}_error_ratio_action"} <= figures.keys()
 
 
+def test_actions_that_do_not_fit_name_their_clip(make):
+    _, _, _, dataset, batches, _ = assemble(make("action"))
+    with pytest.raises(ValueError, match="clip '1': actions have 6 numbers, 7 are needed"):
+        batches.collate([dataset[0], dataset[1] | {"actions": torch.zeros(8, 6)}])
+
+
 def test_dropped_actions_are_not_seen(make):
     model, _, loss_of, dataset, batches, _ = assemble(make("action", condition_dropout=0.999999))
     for parameter in model.transformer.parameters():

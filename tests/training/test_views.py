@@ -20,9 +20,12 @@ from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.pipelines.view_inputs import read_view_conditions
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.autoregressive import AutoregressiveConfig
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
-from cosmos_hf.training.diffusion import Texts, build_datasets
+from cosmos_hf.training.config import TokenizerConfig
+from cosmos_hf.training.diffusion import DiffusionConfig, Texts, build_datasets
 from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model, find_action_spec
+from cosmos_hf.training.tokenizer import build_dataset, build_whole
 from tiny_pipelines import SETTINGS, components
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"
@@ -89,6 +92,31 @@ def test_samples_and_batches_of_several_views(make, cache):
     assert set(Path(cache).rglob("latents-*/*")) == before
     assert torch.equal(fewer[1, 0]["latents"][:, 3:], dataset[1, 0]["latents"][:, :3])
     assert batches.collate([fewer[0, 0]])["actions"].shape == (1, 6, 8)
+
+
+def test_one_camera_of_several_is_a_clip_like_any_other(make, data, cache):
+    """For post-training of a single-view base, and for pretraining of both families and of tokenizers."""
+    config = make("camera", "action", views=[], camera="left", window_starts=[0], val_data=[str(data)])
+    model, loss_of, dataset, batches, validation = assemble(config)
+    _, _, together, _, _ = assemble(make("views", window_starts=[0]))
+    sample = dataset[1, 0]
+    assert torch.equal(sample["latents"], together[1, 0]["latents"][:, 3:6]) and "views" not in sample
+    assert sample["camera"]["extrinsics"].shape == (9, 4, 4) and validation[data.name][0]["latents"].shape[1] == 3
+    batch = batches.collate([dataset[i, 0] for i in range(2)])
+    assert batch["camera"].shape == (2, 6, 3, 4, 6) and torch.isfinite(loss_of(model, batch)[0])
+    zooming = sample["camera"] | {"intrinsics": sample["camera"]["intrinsics"].expand(9, 3, 3)}  # as many as frames
+    assert torch.equal(batches.collate([sample | {"camera": zooming}])["camera"][0], batch["camera"][1])
+    with pytest.raises(ValueError, match="clip 'clip-1': actions have 1 numbers"):
+        batches.collate([sample | {"actions": sample["actions"][:, :1]}])
+
+    known = dict(data=[str(data)], camera="left", vae=config.vae, cache_dir=cache, num_frames=9, progress=False)
+    for config in (DiffusionConfig(train_text_encoder=True, **known), AutoregressiveConfig(**known)):
+        plain, _ = build_datasets(config, CosmosVideoTokenizer.from_pretrained(config.vae))
+        assert plain.windows[1].keys() > dataset.windows[1].keys()
+    config = TokenizerConfig(data=[str(data)], camera="left", num_frames=9)
+    assert (
+        build_dataset(config)[0]["video"].shape == build_whole(config, str(data))[0]["video"].shape == (3, 9, 32, 48)
+    )
 
 
 def test_at_one_view_the_start_is_the_base_to_the_bit(make, base):
@@ -183,7 +211,14 @@ def test_rays_of_some_views_are_those_of_a_call_of_them(make, base):
         (("views",), dict(views_per_step=1), r"views_per_step must be 0 .all. or 2 to 3"),
         (("views",), dict(whole_views=1.5), r"whole_views must be in \[0, 1\]"),
         (("views", "action", "trajectory"), {}, "action and trajectory enter the network by the same door"),
-        (("instruction",), dict(views=[]), "the clip has the views front, left, right: choose one or several"),
+        (("instruction",), dict(views=[]), "the clip has the views front, left, right: name one as `camera`"),
+        (("instruction",), dict(views=[], camera="roof"), "no view roof: the clip has front, left, right"),
+        (("views",), dict(camera="left"), "camera names the one view to read, but this run has front, left, right"),
+        (
+            ("action", "views"),
+            dict(views=["left"]),
+            "for one alone leave views out of conditions and name it as camera",
+        ),
     ],
 )
 def test_mistakes_are_refused(make, conditions, more, message):

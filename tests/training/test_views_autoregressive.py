@@ -70,6 +70,14 @@ def picture(shade, frames=1):
     return torch.full((3, frames, 32, 48), shade, dtype=torch.uint8)
 
 
+def test_one_camera_of_several_trains_a_single_view_base(base, clips_of_three_cameras, tmp_path):
+    flags = ("--conditions", "action", "--action_spec", "driving", "--lora_rank", 2, "--max_steps", 1)
+    export = train(base, clips_of_three_cameras, tmp_path / "run", *flags, "--camera", "right")
+    assert json.loads((export / "conditions.json").read_text())["names"] == ["action"]
+    with pytest.raises(ValueError, match="the clip has the views front, left, right: name one as `camera`"):
+        train(base, clips_of_three_cameras, tmp_path / "other", *flags)
+
+
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ def test_views_are_read_together_or_alone(drives):
 
 
 def test_views_must_be_chosen_and_exist(drives):
-    with pytest.raises(ValueError, match="has the views back, .*choose one or several by `views`"):
+    with pytest.raises(ValueError, match="has the views back, .*name one as `camera` .*or one or several as `views`"):
         ClipDataset(drives)[0]
     with pytest.raises(ValueError, match="no view top: the clip has back"):
         ClipDataset(drives, views=("front", "top"))[0]

@@ -11,6 +11,7 @@ pictures were undistorted or that the error is accepted.
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -41,7 +42,7 @@ _DISTORTIONS = ("k1", "k2", "k3", "k4", "p1", "p2")
 def read_cameras(
     path: str | Path, height: int | None = None, width: int | None = None, ignore_distortion: bool = False
 ) -> CameraPath:
-    """The cameras of a folder or file, by what lies there; frames in the order of their names or times.
+    """The cameras of a folder or file, by what lies there; frames in the order of their names (2 before 10) or times.
 
     path: a COLMAP or GLOMAP folder (also one that holds it under `sparse/0`), a `transforms.json` or its folder, or a
         RealEstate10K `.txt`, which needs the pictures' `height` and `width`.
@@ -95,7 +96,7 @@ def read_realestate10k(path: str | Path, height: int, width: int) -> CameraPath:
 def read_nerfstudio(path: str | Path, ignore_distortion: bool = False) -> CameraPath:
     """nerfstudio's `transforms.json`; intrinsics for all frames or for each, frames in the order of `file_path`."""
     record = json.loads(Path(path).read_text())
-    frames = sorted(record.get("frames", []), key=lambda frame: str(frame.get("file_path", "")))
+    frames = sorted(record.get("frames", []), key=lambda frame: _natural(frame.get("file_path", "")))
     if not frames:
         raise ValueError(f"{path} holds no 'frames'")
     intrinsics, extrinsics, sizes = [], [], set()
@@ -135,9 +136,10 @@ def _nerfstudio_intrinsics(values: dict, height: float, width: float, path) -> n
 
 
 def read_colmap(folder: str | Path, ignore_distortion: bool = False) -> CameraPath:
-    """A COLMAP or GLOMAP model, binary or text; frames in the order of the pictures' names.
+    """A COLMAP or GLOMAP model, binary or text.
 
-    Frames that the reconstruction has not registered are not there: compare `names` with the video.
+    Frames are in the order of the pictures' names, or of their ids where the names have no numbers. Those that the
+    reconstruction has not registered are not there: compare `names` with the video.
     """
     folder = Path(folder)
     kind = "bin" if (folder / "images.bin").exists() else "txt"
@@ -154,7 +156,8 @@ def read_colmap(folder: str | Path, ignore_distortion: bool = False) -> CameraPa
         raise ValueError(f"{folder} holds a COLMAP model that ends early or is damaged: {error}") from error
     if not images:
         raise ValueError(f"{folder} holds no registered picture")
-    images = sorted(images, key=lambda image: image[0])
+    counted = all(re.search(r"\d", name) for name, *_ in images)
+    images = [image[:3] for image in sorted(images, key=lambda im: (_natural(im[0]) if counted else [], im[3]))]
     sizes = {cameras[camera][1:3] for _, camera, _ in images if camera in cameras}
     missing = {camera for _, camera, _ in images} - set(cameras)
     if missing:
@@ -192,13 +195,13 @@ def _cameras_txt(path: Path) -> dict[int, tuple]:
 
 
 def _images_txt(path: Path) -> list[tuple]:
-    """(name, camera id, pose [3, 4]) of each picture; every second line lists its points and may be empty."""
+    """(name, camera id, pose [3, 4], image id) of each picture; every second line lists its points and may be empty."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     images = []
     for line in lines[::2]:
         words = line.split(maxsplit=9)
         if words:
-            images.append((words[9], int(words[8]), _pose(_numbers(words[1:8], str(path)))))
+            images.append((words[9], int(words[8]), _pose(_numbers(words[1:8], str(path))), int(words[0])))
     return images
 
 
@@ -229,7 +232,7 @@ def _images_bin(path: Path) -> list[tuple]:
         place = end + 9 + 24 * points
         if place > len(data):
             raise ValueError(f"{path} ends early: it was cut")
-        images.append((name, values[8], _pose(values[1:8])))
+        images.append((name, values[8], _pose(values[1:8]), values[0]))
     return images
 
 
@@ -244,6 +247,11 @@ def _pose(values) -> np.ndarray:
         ]
     )
     return np.concatenate([rotation, np.array(values[4:7])[:, None]], axis=1)
+
+
+def _natural(name) -> list:
+    """A key that sorts names as people number them: 2 before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def _lines(path: Path) -> list[list[str]]:

@@ -35,7 +35,7 @@ class BridgeClips:
     def read(self, key: str) -> dict[str, bytes | Path]:
         path = self._files[key]
         try:
-            label = json.loads(path.read_text())
+            label = json.loads(path.read_bytes())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         videos = [self.root / entry["video_path"] for entry in label.get("videos", [])]
@@ -102,7 +102,7 @@ def _frames(arrays: dict[str, np.ndarray], video: Path) -> int:
 
 
 def _columns(path: Path) -> dict[str, np.ndarray]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # tables from Excel begin with a byte-order mark
         rows = list(csv.reader(file))
     if len(rows) < 2:
         raise ValueError(f"{path} needs a line of names and at least one row")
@@ -123,7 +123,7 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
 def _record(path: Path) -> dict:
     """A clip's JSON; what is wrong with it is said when its caption is read."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
     except json.JSONDecodeError:
         return {}
     return record if isinstance(record, dict) else {}

@@ -170,6 +170,7 @@ class ClipDataset(Dataset):
         if not paths:
             raise ValueError("no data: name at least one folder of shards or videos")
         sources = [open_clips(path) for path in paths]
+        self._paths = [path for path, source in zip(paths, sources, strict=True) for _ in source.keys]
         self._items = [(source, key) for source in sources for key in source.keys]
         self.reader = SampleReader(**reading)
         self.broken = BrokenSamples(on_broken, max_broken)
@@ -180,6 +181,10 @@ class ClipDataset(Dataset):
 
     def key(self, index: int) -> str:
         return self._items[index][1]
+
+    def path(self, index: int) -> str | Path:
+        """The one of `paths` that a sample comes from."""
+        return self._paths[index]
 
     def files(self, index: int) -> dict[str, bytes | Path]:
         """The stored files of a sample by extension, undecoded (to name what is computed from them by content)."""

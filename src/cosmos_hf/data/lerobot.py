@@ -90,6 +90,7 @@ class LeRobotClips:
             robot_type=self.info.get("robot_type"),
             action_names=self.names(self.action) if self.action else [],
             state_names=self.names(self.state) if self.state else [],
+            views=list(self.cameras),
         )
         files = {"json": json.dumps(record).encode(), "npz": pack_arrays(arrays)}
         for view, camera in self.cameras.items():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..conditioning.action import ActionSpec
 from ..conditioning.camera import check_extrinsics, check_intrinsics
 from .clips import BROKEN, open_clips
-from .samples import VIDEO_SUFFIXES, SampleReader
+from .samples import VIDEO_SUFFIXES, SampleReader, VideoSegment, stream_frames
 
 DARK = 3.0  # levels: frames with less contrast show nothing
 STILL = 0.25  # levels: mean change between frames below which a picture stands still
@@ -48,7 +48,7 @@ class _Clip:
     key: str
     num_frames: int
     fps: float
-    size: tuple[int, int]
+    sizes: dict[str, tuple[int, int]]  # view -> height, width
     caption: str
     actions: np.ndarray | None
     states: np.ndarray | None
@@ -74,7 +74,14 @@ def lint(
         spec: what actions are to mean: width, rate, range and gripper are checked against it.
         need_captions: whether a clip without a caption is an error.
         max_clips: clips to decode, evenly chosen; the choice is told where it is not all of them.
+
+    Raises ValueError for a `num_frames` that the tokenizer cannot code.
     """
+    if num_frames and temporal_compression and (over := (num_frames - 1) % temporal_compression):
+        raise ValueError(
+            f"num_frames {num_frames} is no window of a tokenizer with temporal_compression {temporal_compression}, which takes "
+            f"1 + k * {temporal_compression}: {num_frames - over} or {num_frames - over + temporal_compression}"
+        )
     source = open_clips(path)
     keys = source.keys
     if len(keys) > max_clips:
@@ -99,23 +106,53 @@ def lint(
 
 
 def _read(files: dict, key: str) -> _Clip:
-    """Read a clip with all its views, whatever they are."""
+    """Read a clip with all its views, whatever they are, one after the other and frame by frame: an episode may be long."""
     views = [name.rpartition(".")[0] for name in files if f".{name.rpartition('.')[2].lower()}" in VIDEO_SUFFIXES]
     several = tuple(view for view in views if view)
-    sample = SampleReader(random=False, views=several or None).read_whole(files, key)
-    videos = dict(zip(several, sample["video"], strict=True)) if several else {"": sample["video"]}
-    if "camera" in sample:
-        check_intrinsics(sample["camera"]["intrinsics"])
-        check_extrinsics(sample["camera"]["extrinsics"])
-    length, height, width = sample["video"].shape[-3:]
-    numbers = {name: sample[name].flatten(1).numpy() if name in sample else None for name in ("actions", "states")}
-    clip = _Clip(key, length, sample["fps"], (height, width), sample["caption"], **numbers)
-    for view, video in videos.items():
-        grey = video.float().mean(0)  # [T, H, W]
-        clip.thumbs[view] = F.adaptive_avg_pool2d(video.float().mean(1), _THUMB).flatten().numpy()
-        clip.contrast[view] = float(grey.flatten(1).std(1).max())
-        clip.motion[view] = float(grey.diff(dim=0).abs().mean((1, 2)).max()) if length > 1 else 0.0
+    reader = SampleReader(random=False, views=several or None)
+    seen = {view: _look(file) for view, file in reader.videos(files).items()}
+    if len({(view.num_frames, round(view.fps, 3)) for view in seen.values()}) > 1:
+        told = ", ".join(f"{name} has {view.num_frames} frames at {view.fps:g} fps" for name, view in seen.items())
+        raise ValueError(f"views differ: {told}")
+    first = next(iter(seen.values()))
+    caption, _, arrays = reader.beside(files, key, first.num_frames, first.fps, first.size)
+    if "camera" in arrays:
+        check_intrinsics(arrays["camera"]["intrinsics"])
+        check_extrinsics(arrays["camera"]["extrinsics"])
+    numbers = {name: arrays[name].flatten(1).numpy() if name in arrays else None for name in ("actions", "states")}
+    sizes = {name: view.size for name, view in seen.items()}
+    clip = _Clip(key, first.num_frames, first.fps, sizes, caption, **numbers)
+    for name, view in seen.items():
+        clip.thumbs[name], clip.contrast[name], clip.motion[name] = view.thumb, view.contrast, view.motion
     return clip
+
+
+@dataclass(frozen=True)
+class _View:
+    """What is remembered of the frames of one camera."""
+
+    num_frames: int
+    fps: float
+    size: tuple[int, int]
+    thumb: np.ndarray
+    contrast: float
+    motion: float
+
+
+def _look(file: bytes | Path | VideoSegment) -> _View:
+    count, total, before, contrast, motion = 0, 0, None, 0.0, 0.0
+    for fps, picture in stream_frames(file):  # noqa: B007 (the last one counts)
+        frame = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()  # [3, H, W]
+        grey = frame.mean(0)
+        if before is not None and before.shape != grey.shape:
+            raise ValueError(f"its frames change from {tuple(before.shape)} to {tuple(grey.shape)} (height, width)")
+        contrast = max(contrast, float(grey.std()))
+        motion = motion if before is None else max(motion, float((grey - before).abs().mean()))
+        count, total, before = count + 1, total + frame, grey
+    if not count:
+        raise ValueError("the video holds no frame")
+    thumb = F.adaptive_avg_pool2d(total / count, _THUMB).flatten().numpy()
+    return _View(count, fps, tuple(before.shape), thumb, contrast, motion)
 
 
 def _check_frames(clips: list[_Clip], num_frames: int | None, temporal_compression: int | None):
@@ -124,10 +161,7 @@ def _check_frames(clips: list[_Clip], num_frames: int | None, temporal_compressi
         yield Finding(
             "error", f"frame rates differ: {', '.join(f'{rate:g}' for rate in rates)}; resample to one (fps)"
         )
-    sizes = sorted({clip.size for clip in clips})
-    if len(sizes) > 1:
-        told = ", ".join(f"{h}x{w}" for h, w in sizes[:6])
-        yield Finding("warning", f"frames differ in size (height x width): {told}; training needs `size` or `crop`")
+    yield from _check_sizes(clips)
     if num_frames:
         short = [clip.key for clip in clips if clip.num_frames < num_frames]
         if short:
@@ -141,6 +175,24 @@ def _check_frames(clips: list[_Clip], num_frames: int | None, temporal_compressi
                 "warning",
                 f"frame counts are not 1 + k * {temporal_compression} ({lengths}): choose a training window (num_frames)",
                 tuple(clip.key for clip in odd),
+            )
+
+
+def _check_sizes(clips: list[_Clip]):
+    mixed = [clip for clip in clips if len(set(clip.sizes.values())) > 1]
+    if mixed:
+        told = ", ".join(f"{view} {h}x{w}" for view, (h, w) in mixed[0].sizes.items())
+        yield Finding(
+            "warning",
+            f"cameras differ in size (height x width): {told}; to read them together set height and width, to read one set camera",
+            tuple(clip.key for clip in mixed) if len(mixed) < len(clips) else (),
+        )
+    for view in dict.fromkeys(view for clip in clips for view in clip.sizes):
+        sizes = sorted({clip.sizes[view] for clip in clips if view in clip.sizes})
+        if len(sizes) > 1:
+            told, of = ", ".join(f"{h}x{w}" for h, w in sizes[:6]), f" of camera {view!r}" if view else ""
+            yield Finding(
+                "warning", f"frames{of} differ in size (height x width): {told}; set height and width, or a crop"
             )
 
 

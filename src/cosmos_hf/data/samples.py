@@ -2,28 +2,30 @@
 
 A sample is a dict: `video` uint8 [3, T, H, W], `fps`, `caption`, `key`, `record` (the JSON that lay beside the video),
 `start` (its first frame in the stored clip), and where the data have them `actions` and `commands` [T-1, A], `states`
-[T, S], `object_positions` [T, N, 3], `car_states` [T, N, 3], `camera` {"intrinsics" [3, 3] in pixels, "extrinsics"
-[T, 4, 4] world to camera}, `masks` uint8 [T, H, W] and `depth` [T, H, W]. All of them follow the window, the size and the
-crop.
+[T, S], `object_positions` [T, N, 3], `car_states` [T, N, 3], `camera` {"intrinsics" [3, 3] or [T, 3, 3] in pixels,
+"extrinsics" [T, 4, 4] world to camera}, `masks` uint8 [T, H, W] and `depth` [T, H, W]. All of them follow the window, the size
+and the crop.
 
 A clip of several cameras has a video for each, `<view>.mp4`. Read with `views=("front", "left")` its sample has `views` and an
 axis V of them before all others in `video`, `camera`, `masks` and `depth`, and `view_captions`, one text for each; read with
-`views="front"` it is a sample of one camera like any other.
+`views="front"` it is a sample of one camera like any other; a clip that has one alone is read as it is then.
 """
 
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..conditioning.camera import crop_intrinsics, fit_intrinsics
-from .video import Clip, count_frames, read_video, source_size
+from ..conditioning.camera import check_extrinsics, check_intrinsics, crop_intrinsics, fit_intrinsics
+from .video import Clip, count_frames, read_video, source_size, stream_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PER_FRAME = ("states", "object_positions", "car_states", "extrinsics", "masks", "depth")
@@ -47,9 +49,18 @@ class VideoSegment:
         return int((self.num_frames - 1) / self.fps * rate + 1e-6) + 1, rate
 
     def read(self, num_frames: int | None, fps: float | None, height, width, start: float) -> Clip:
-        """As `video.read_video`."""
+        """As `video.read_video`; the first frame is the one nearest to `start`, which data sets give rounded."""
         num_frames = num_frames or self.count(fps)[0]
-        return read_video(self.path, num_frames, fps, height, width, self.start + start)
+        return read_video(self.path, num_frames, fps, height, width, self.start + start, nearest=True)
+
+    def stream(self) -> Iterator[tuple[float, Image.Image]]:
+        """As `video.stream_video`."""
+        count = 0
+        for frame in islice(stream_video(self.path, start=self.start, nearest=True), self.num_frames):
+            yield frame
+            count += 1
+        if count < self.num_frames:
+            raise ValueError(f"{self.path} has {count} frames after {self.start:g} s, {self.num_frames} are needed")
 
 
 @dataclass
@@ -88,7 +99,7 @@ class SampleReader:
     def read_arrays(self, files: dict[str, bytes | Path], key: str, names: tuple[str, ...]) -> dict:
         """These arrays of a whole clip, as in a sample (`window_arrays` cuts them), without decoding its video.
 
-        Raises ValueError for one that the clip lacks.
+        Raises ValueError for one that the clip lacks, and for a camera that is none.
         """
         video = self.video(files)
         sample = self._arrays(files, self.text(files, key)[1], self.length(files)[0], _count(video, None)[1])
@@ -96,6 +107,9 @@ class SampleReader:
             there = ", ".join(sorted(sample)) or "none"
             raise ValueError(f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}")
         sample = {name: sample[name] for name in names}
+        if "camera" in sample:
+            check_intrinsics(sample["camera"]["intrinsics"])
+            check_extrinsics(sample["camera"]["extrinsics"])
         if self.size is not None and "camera" in sample:
             self._resize_geometry(sample, *source_size(video.path if isinstance(video, VideoSegment) else video))
         return sample
@@ -147,7 +161,7 @@ class SampleReader:
             raise ValueError(f"{key}.json is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{key}.json must hold an object, got {type(record).__name__}")
-        caption = _bytes(files["txt"]).decode().strip() if "txt" in files else record.get("caption") or ""
+        caption = _bytes(files["txt"]).decode("utf-8-sig").strip() if "txt" in files else record.get("caption") or ""
         if not isinstance(caption, str):
             raise ValueError(f"'caption' in {key}.json must be a string, got {type(caption).__name__}")
         if self.need_caption and not caption:
@@ -175,9 +189,12 @@ class SampleReader:
         if self.views is None:
             if "" not in found:
                 raise ValueError(
-                    f"the clip has the views {', '.join(sorted(found))}: choose one or several by `views`"
+                    f"the clip has the views {', '.join(sorted(found))}: name one as `camera` (a setting of training runs, "
+                    "--camera of evaluations), or one or several as `views` of a ClipDataset"
                 )
             return {"": found[""]}
+        if isinstance(self.views, str) and found.keys() == {""}:
+            return found
         wanted = (self.views,) if isinstance(self.views, str) else tuple(self.views)
         missing = [view for view in wanted if view not in found]
         if missing or not wanted:
@@ -192,25 +209,36 @@ class SampleReader:
         clips = {view: _read(file, wanted, self.fps, self.size, begin) for view, file in self.videos(files).items()}
         clip = _agreeing(clips)
         length = length or clip.frames.shape[1]
-        caption, record = self.text(files, key)
-        told, own = record.get("fps"), clip.source.get("source_fps")
-        if told is not None and abs(own - told) > 0.01 * own:
-            raise ValueError(f"the video runs at {own:g} fps, its record says {told}")
+        stored = tuple(clip.source["source_size"])
+        caption, record, arrays = self.beside(files, key, length, clip.source.get("source_fps"), stored)
         several = self.views is not None and not isinstance(self.views, str)
         video = torch.stack([c.frames for c in clips.values()]) if several else clip.frames
         sample = {"video": video, "fps": float(clip.fps), "caption": caption, "key": key, "record": record}
         sample["start"] = start
         if several:
             sample |= {"views": list(clips), "view_captions": self.view_captions(caption, record)}
-        sample |= self._arrays(files, record, length, own)
+        sample |= arrays
         window_arrays(sample, slice(start, start + clip.frames.shape[1]))
-        stored = tuple(clip.source["source_size"])
-        for name in PICTURES:
-            if name in sample and sample[name].shape[-2:] != stored:
-                raise ValueError(f"{name} of {tuple(sample[name].shape[-2:])} for frames of {stored}")
         if self.size is not None:
             self._resize_geometry(sample, *stored)
         return sample
+
+    def beside(
+        self, files: dict[str, bytes | Path], key: str, length: int, own: float, stored: tuple[int, int]
+    ) -> tuple[str, dict, dict]:
+        """(caption, record, arrays) of a whole clip, without decoding its video.
+
+        Raises ValueError for what contradicts its `length` in frames, `own` frames per second and `stored` (height, width).
+        """
+        caption, record = self.text(files, key)
+        told = record.get("fps")
+        if told is not None and abs(own - told) > 0.01 * own:
+            raise ValueError(f"the video runs at {own:g} fps, its record says {told}")
+        arrays = self._arrays(files, record, length, own)
+        for name in PICTURES:
+            if name in arrays and arrays[name].shape[-2:] != stored:
+                raise ValueError(f"{name} of {tuple(arrays[name].shape[-2:])} for frames of {stored}")
+        return caption, record, arrays
 
     def _arrays(self, files, record: dict, length: int, own: float) -> dict:
         """The arrays of a whole clip of `length` frames, stored at `own` frames per second."""
@@ -256,7 +284,8 @@ def _agreeing(clips: dict[str, Clip]) -> Clip:
         if clip.frames.shape != first.frames.shape or abs(clip.fps - first.fps) > 1e-6:
             raise ValueError(
                 f"the view {view!r} has frames {tuple(clip.frames.shape[1:])} at {clip.fps:g} fps, "
-                f"{next(iter(clips))!r} {tuple(first.frames.shape[1:])} at {first.fps:g}"
+                f"{next(iter(clips))!r} {tuple(first.frames.shape[1:])} at {first.fps:g}; a size (height, width) makes views of "
+                "different sizes alike"
             )
     return first
 
@@ -296,6 +325,11 @@ def _read(file: bytes | Path | VideoSegment, num_frames, fps, size, start: float
     return read(num_frames, fps, height, width, start)
 
 
+def stream_frames(file: bytes | Path | VideoSegment) -> Iterator[tuple[float, Image.Image]]:
+    """The frames of a sample's video one by one, as (fps, picture)."""
+    return file.stream() if isinstance(file, VideoSegment) else stream_video(file)
+
+
 def _bytes(file: bytes | Path) -> bytes:
     return file if isinstance(file, bytes) else Path(file).read_bytes()
 
@@ -309,7 +343,10 @@ def _read_arrays(file: bytes | Path, length: int, views: int | list[int] | None)
             if views is not None and name in PER_VIEW:
                 array = array[views]
             axis = int(isinstance(views, list) and name in PER_VIEW)
-            expected = length if name in PER_FRAME else length - 1 if name in PER_STEP else None
+            per_frame = name in PER_FRAME
+            if name == "intrinsics" and array.ndim == axis + 3:  # of a lens that zooms; or one for all frames
+                per_frame, array = array.shape[axis] != 1, array.squeeze(axis) if array.shape[axis] == 1 else array
+            expected = length if per_frame else length - 1 if name in PER_STEP else None
             if expected is not None and (array.ndim <= axis or array.shape[axis] != expected):
                 entries = array.shape[axis] if array.ndim > axis else "no"
                 raise ValueError(f"{name} has {entries} entries for {length} frames, {expected} are needed")
@@ -331,4 +368,6 @@ def window_arrays(sample: dict, window: slice):
         if name in sample:
             sample[name] = sample[name][window.start : window.stop - 1]
     if "camera" in sample:
-        sample["camera"] = sample["camera"] | {"extrinsics": sample["camera"]["extrinsics"][(*lead, window)]}
+        camera = sample["camera"]
+        per_frame = [name for name, array in camera.items() if array.ndim == camera["extrinsics"].ndim]
+        sample["camera"] = camera | {name: camera[name][(*lead, window)] for name in per_frame}

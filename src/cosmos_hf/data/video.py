@@ -51,6 +51,7 @@ def read_video(
     start: float = 0.0,
     from_end: bool = False,
     fit: str = "crop",
+    nearest: bool = False,
 ) -> Clip:
     """Any video or image -> `Clip`.
 
@@ -65,6 +66,7 @@ def read_video(
             rest (`letterbox` says where it lies).
         start: seconds into a file to begin at.
         from_end: the last `num_frames` frames, the last of which is the file's last.
+        nearest: take of a file the frames nearest to the wanted times instead of those on show then, for times that are rounded.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is no video or image, for a list or array of
     another layout, and where fewer than `num_frames` frames are to be had; the message names the file and the numbers.
@@ -73,7 +75,7 @@ def read_video(
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     if isinstance(video, FILE_TYPES):
-        pictures, rate, source = _from_file(video, num_frames, fps, height, width, start, from_end, fit)
+        pictures, rate, source = _from_file(video, num_frames, fps, height, width, start, from_end, fit, nearest)
     else:
         pictures, rate, source = _from_memory(video), fps, {"kind": type(video).__name__}
         if pictures:
@@ -181,7 +183,7 @@ def _from_memory(video) -> list[Image.Image]:
     raise ValueError(f"a video is a path, bytes, PIL images, a numpy array or a tensor, got {type(video).__name__}")
 
 
-def _from_file(file, num_frames, fps, height, width, start, from_end, fit):
+def _from_file(file, num_frames, fps, height, width, start, from_end, fit, nearest):
     """Frames by time stamp. Pictures are resized as they come, so a long or large file never lies in memory whole."""
     name = _name(file)
     if not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES:
@@ -195,7 +197,7 @@ def _from_file(file, num_frames, fps, height, width, start, from_end, fit):
         rate = fps or own
         source = {"path": name, "kind": "video", "source_fps": own, "start": float(start)}
         pictures = []
-        for picture in _resampled(container, name, start, rate):
+        for picture in _resampled(container, name, start, rate, nearest):
             source["source_size"] = [picture.height, picture.width]
             pictures.append(fit_image(picture, height, width, fit))
             if len(pictures) == num_frames:
@@ -213,12 +215,14 @@ def _start_of_last(file, num_frames: int, fps: float | None) -> Fraction:
     return max(last - first - (num_frames - 1) / _fraction(rate), Fraction(0))
 
 
-def stream_video(file, fps: float | None = None, height=None, width=None) -> Iterator[tuple[float, Image.Image]]:
+def stream_video(
+    file, fps: float | None = None, height=None, width=None, start: float = 0.0, nearest: bool = False
+) -> Iterator[tuple[float, Image.Image]]:
     """Frames of a video file of any length, one by one, as (fps, picture); same treatment and errors as `read_video`."""
-    _check_request(file, None, fps, height, width, 0.0, False)
+    _check_request(file, None, fps, height, width, start, False)
     with _open(file) as container:
         rate = fps or _own_rate(container)
-        for picture in _resampled(container, _name(file), 0.0, rate):
+        for picture in _resampled(container, _name(file), start, rate, nearest):
             yield rate, fit_image(picture, height, width)
 
 
@@ -300,10 +304,14 @@ def _span(container) -> tuple[Fraction, Fraction]:
     return min(stamps) * stream.time_base, max(stamps) * stream.time_base
 
 
-def _resampled(container, name: str, start: float | Fraction, rate: float) -> Iterator[Image.Image]:
-    """At times start + k / rate, the frame on show then, until the last frame's time is passed."""
+def _resampled(
+    container, name: str, start: float | Fraction, rate: float, nearest: bool = False
+) -> Iterator[Image.Image]:
+    """At times start + k / rate, the frame on show then or the nearest one, until the last frame's time is passed."""
     stream, step = container.streams.video[0], 1 / _fraction(rate)
     wanted, slack = Fraction(start).limit_denominator(10**6), _slack(container, step)
+    if nearest:
+        slack = max(slack, Fraction(49, 100) / _fraction(_own_rate(container)))  # of two as near, the one on show
     first = None
     if wanted > SEEK_FROM:
         # The stream's own start time is not always the first picture's (avi), so look at that.

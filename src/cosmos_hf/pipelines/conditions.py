@@ -129,14 +129,26 @@ def camera_rays(pipe, camera, num_frames: int, height: int, width: int) -> torch
 
 
 def as_path(camera, height: int, width: int) -> CameraPath:
-    """A `CameraPath` as it is, or one from a dict whose "height" and "width", of its pictures, default to the video's."""
+    """A `CameraPath` as it is, or one from a dict whose "height" and "width", of its pictures, default to the video's.
+
+    ValueError for a dict whose principal point lies outside these pictures: its intrinsics are of others.
+    """
     if isinstance(camera, CameraPath):
         return camera
     if not isinstance(camera, dict) or not {"intrinsics", "extrinsics"} <= camera.keys():
         raise ValueError("camera must be a CameraPath or a dict with intrinsics and extrinsics (and height and width)")
     if unknown := sorted(camera.keys() - {"intrinsics", "extrinsics", "height", "width"}):
         raise ValueError(f"camera has unknown entries {', '.join(unknown)}")
-    return CameraPath(**{"height": height, "width": width, **camera})
+    path = CameraPath(**{"height": height, "width": width, **camera})
+    centres = path.intrinsics[:, :2, 2]
+    if (centres < 0).any() or (centres > torch.tensor([path.width, path.height])).any():
+        x, y = centres[0].tolist()
+        raise ValueError(
+            f"the camera's principal point (x {x:g}, y {y:g}) lies outside its pictures of {path.height}x{path.width} (height x "
+            "width): its intrinsics are of another resolution. Scale them, or say height and width of their pictures in the dict; "
+            "pictures that were cut so are a CameraPath"
+        )
+    return path
 
 
 def expand_conditions(conditions: dict[str, torch.Tensor], items: int, num_videos_per_prompt: int) -> dict:

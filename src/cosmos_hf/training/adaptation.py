@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,23 +100,40 @@ def pipeline_settings(folder: str) -> dict:
     return json.loads(index.read_text()) if index.exists() else {}
 
 
-def check_run_views(views: list[str], base_views: list[str] | None, learned: bool) -> list[str]:
-    """The cameras of a run: those that are named where views are `learned`, else those of the base.
+def check_run_views(config: AdapterSettings, base_views: list[str] | None) -> list[str]:
+    """The cameras that a run reads together: those that it names where views are learned, else those of the base.
 
-    ValueError where these disagree.
+    ValueError where these disagree, and for a `camera` beside them.
     """
-    if learned:
+    views = config.views
+    if "views" in config.conditions:
         if base_views:
             raise ValueError(f"the base has the views {', '.join(base_views)} already: leave views out of conditions")
         if len(check_view_names(views)) < 2:
-            raise ValueError(f"views must name at least two cameras of the clips, got {views}")
+            raise ValueError(
+                f"views must name at least two cameras of the clips, got {views}; for one alone leave views out of conditions "
+                "and name it as camera"
+            )
     elif base_views:
         views = views or list(base_views)
         if views != list(base_views):
             raise ValueError(f"the base has the views {', '.join(base_views)}, not {', '.join(views)}")
     elif views:
-        raise ValueError("views names cameras, but the base has one view: add views to conditions")
+        raise ValueError(
+            "views names cameras, but the base has one view: add views to conditions, or name one as camera"
+        )
+    if views and config.camera:
+        raise ValueError(f"camera names the one view to read, but this run has {', '.join(views)}: leave camera out")
     return views
+
+
+@contextmanager
+def errors_of(sample: dict) -> Iterator[None]:
+    """A ValueError within says which clip it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"clip {sample['key']!r}: {error}") from error
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------

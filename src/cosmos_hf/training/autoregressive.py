@@ -17,24 +17,19 @@ from ..data.sampling import in_order
 from ..models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED, chunked_loss, ignored_tokens
 from .cache import LatentDataset
-from .config import RunConfig
+from .config import WindowSettings
 from .diffusion import Texts
 from .loop import TrainingError, to_device
 from .text import build_text_encoder, embed_tokens
 
 
 @dataclass
-class AutoregressiveConfig(RunConfig):
+class AutoregressiveConfig(WindowSettings):
     family: str = field(default="autoregressive", metadata={"help": "kind of world model"})
     vae: str = field(default="", metadata={"help": "folder of the discrete video tokenizer"})
-    cache_dir: str = field(default="", metadata={"help": "where codes and text are kept; empty: output_dir/cache"})
     num_frames: int = field(
         default=33, metadata={"help": "length of a window in pixel frames, 1 + k * the tokenizer's"}
     )
-    window_starts: list[int] = field(default_factory=lambda: [0], metadata={"help": "first frames of the windows"})
-    height: int = field(default=0, metadata={"help": "resize to this; 0: as stored"})
-    width: int = 0
-    fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
     condition_frames: int = field(default=1, metadata={"help": "latent frames given: their codes are no targets"})
     bov_hides_target: bool = field(
         default=True, metadata={"help": "off: with <bov> the last given code is a target, as in the reference"}
@@ -53,7 +48,6 @@ class AutoregressiveConfig(RunConfig):
         default=512, metadata={"help": "text tokens; shorter texts are padded with zeros"}
     )
     text_dropout: float = field(default=0.0, metadata={"help": "share of samples that see no text"})
-    val_clips: int = field(default=32, metadata={"help": "clips of each validation set to measure on"})
     temperature: float = field(default=1.0, metadata={"help": "written into the exported pipeline"})
     top_p: float = field(default=0.8, metadata={"help": "written into the exported pipeline"})
 
@@ -64,18 +58,15 @@ class AutoregressiveConfig(RunConfig):
             raise ValueError(f"family must be {expected}, got {self.family!r}")
         if self.train_text_encoder and self.text_encoder:
             raise ValueError("give either train_text_encoder: true or the folder of a frozen text_encoder")
-        if bool(self.height) != bool(self.width):
-            raise ValueError("give height and width together")
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
-        if not self.window_starts or min(self.window_starts) < 0 or self.condition_frames < 0:
-            raise ValueError("window_starts must be one or more frames >= 0, condition_frames must be >= 0")
+        if self.condition_frames < 0:
+            raise ValueError(f"condition_frames must be >= 0, got {self.condition_frames}")
         for name in ("add_cross_attention", "yarn_scale"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is a stage that starts from a trained model: give init_from")
         if self.freeze_base and not self.add_cross_attention:
             raise ValueError("freeze_base belongs to the text stage (add_cross_attention)")
-        self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
 
     @property
     def has_text(self) -> bool:

@@ -5,7 +5,8 @@
 
 So a changed video, tokenizer, size or caption is coded again, and nothing else is. The video tokenizer is causal: the
 latents of a window that starts at frame 8 are not those of the whole clip from frame 8 on, since its first frame is
-coded alone. Windows are therefore coded one by one, for a short list of starts, and training draws among those.
+coded alone. Windows are therefore coded one by one, for a short list of starts, and training draws among those: for
+as few as cover a clip (`covering_starts`), or for those that a run names.
 
 Of clips of several cameras every view has its own file, so that other choices of views share them.
 """
@@ -13,6 +14,7 @@ Of clips of several cameras every view has its own file, so that other choices o
 import hashlib
 import json
 import logging
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -141,8 +143,10 @@ def cache_latents(
     world_size: int = 1,
     arrays: tuple[str, ...] = (),
 ) -> LatentDataset:
-    """Code what is not yet on disk and return all of it. Windows that a clip is too short for are left out.
+    """Code what is not yet on disk and return all of it, and log of every data set how many of its frames lie in a window.
 
+    `starts` are the first frames of the windows; empty: those of every clip that cover it (`covering_starts`). Windows that a clip
+    is too short for are left out.
     `arrays` are the names of what samples have besides; a clip without them is broken.
     `clips` must give whole clips (`num_frames=None`, `random=False`). Process `rank` of `world_size` codes its share;
     the caller lets all processes finish before training, for the result names the files of all.
@@ -153,15 +157,16 @@ def cache_latents(
     folder = Path(folder) / f"latents-{model_hash(tokenizer)}"
     folder.mkdir(parents=True, exist_ok=True)
     several = clips.reader.views is not None and not isinstance(clips.reader.views, str)
-    windows, captions, keys, beside, texts = [], [], [], [], []
+    windows, captions, keys, beside, texts, seen = [], [], [], [], [], {}
     for i in tqdm(range(len(clips)), desc="latents", unit="clip", disable=not progress or rank > 0):
         files, key = clips.files(i), clips.key(i)
         try:
             names, length = _video_hashes(clips, files), clips.reader.length(files)[0]
-            fitting = [start for start in starts if start + num_frames <= length]
+            fitting = [s for s in starts or covering_starts(length, num_frames) if s + num_frames <= length]
             paths = {s: tuple(folder / f"{name}-{s}-{num_frames}.safetensors" for name in names) for s in fitting}
             if not paths:
-                raise ValueError(f"it has {length} frames: too few for {num_frames} from any of the starts {starts}")
+                where = f" from any of the starts {starts}" * bool(starts)
+                raise ValueError(f"it has {length} frames: too few for {num_frames}{where}")
             missing = [(s, v) for s, group in paths.items() for v, path in enumerate(group) if not path.exists()]
             if missing and i % world_size == rank:
                 sample = clips.reader.read_whole(files, key)
@@ -179,8 +184,22 @@ def cache_latents(
         captions.append(caption)
         keys.append(key)
         beside.append(found)
+        inside = {frame for start in fitting for frame in range(start, start + num_frames)}
+        seen[clips.path(i)] = np.add(seen.get(clips.path(i), (0, 0)), (len(inside), length))
+    for path, counts in seen.items() if rank == 0 else ():
+        logger.info("%s: %d of %d frames lie in a window of %d frames", path, *counts, num_frames)
     views = (texts, tuple(clips.reader.views)) if several else (None, None)
     return LatentDataset(windows, captions, keys, random, beside, *views)
+
+
+def covering_starts(length: int, num_frames: int) -> list[int]:
+    """First frames of as few windows as cover a clip of `length` frames, evenly spaced; the last one ends with the clip.
+
+    Empty where the clip is shorter than a window.
+    """
+    last = length - num_frames
+    gaps = max(1, math.ceil(last / num_frames))
+    return sorted({i * last // gaps for i in range(gaps + 1)}) if last >= 0 else []
 
 
 def _video_hashes(clips: ClipDataset, files: dict) -> list[str]:

@@ -22,6 +22,7 @@ class RunConfig:
     output_dir: str = field(default="", metadata={"help": "folder of checkpoints, log and export"})
     data: list[str] = field(default_factory=list, metadata={"help": "folders of shards or videos to train on"})
     val_data: list[str] = field(default_factory=list, metadata={"help": "folders to validate on; none: no validation"})
+    camera: str = field(default="", metadata={"help": "which camera to read of clips that have several"})
     preset: str = field(default="tiny", metadata={"help": "size of the model: a name in its PRESETS table"})
     init_from: str = field(
         default="", metadata={"help": "folder of a saved model to start from; empty: random weights"}
@@ -79,6 +80,31 @@ class RunConfig:
             raise ValueError("cooldown_steps belongs to lr_schedule: constant; a cosine falls by itself")
         if self.keep_decoded and self.num_workers:
             raise ValueError("keep_decoded needs num_workers=0: every worker process would keep its own copy")
+
+
+@dataclass
+class WindowSettings(RunConfig):
+    """How the world models of both families read clips, and what they keep of them (`cache`)."""
+
+    cache_dir: str = field(
+        default="", metadata={"help": "where latents (or codes) and text are kept; empty: output_dir/cache"}
+    )
+    window_starts: list[int] = field(
+        default_factory=list,
+        metadata={"help": "first frames of the windows; none: so many that they cover every clip"},
+    )
+    height: int = field(default=0, metadata={"help": "resize to this; 0: as stored"})
+    width: int = 0
+    fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
+    val_clips: int = field(default=32, metadata={"help": "clips of each validation set to measure on"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.height) != bool(self.width):
+            raise ValueError("give height and width together")
+        if any(start < 0 for start in self.window_starts):
+            raise ValueError(f"window_starts must be frames >= 0, got {self.window_starts}")
+        self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
 
 
 @dataclass

@@ -153,6 +153,10 @@ class PairedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def kinds(self) -> list:
+        return self.latents.kinds
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         sample = {**self.codes[index], **self.latents[index]}
         latents, condition = sample["latents"], self.grid.spread(sample.pop("indices"))[None]

@@ -20,7 +20,7 @@ from ..models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
 from ..models.uncertainty_cosmos import UncertaintyHead
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from .cache import LatentDataset, cache_latents, cache_text, load_text
-from .config import RunConfig
+from .config import WindowSettings
 from .devices import process_state
 from .loop import TrainingError, to_device
 from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, tokenize
@@ -32,17 +32,12 @@ CONDITIONS = ("actions", "camera", "condition")
 
 
 @dataclass
-class DiffusionConfig(RunConfig):
+class DiffusionConfig(WindowSettings):
     family: str = field(default="diffusion", metadata={"help": "kind of world model"})
     vae: str = field(default="", metadata={"help": "folder of the continuous video tokenizer"})
-    cache_dir: str = field(default="", metadata={"help": "where latents and text are kept; empty: output_dir/cache"})
     num_frames: int = field(
         default=17, metadata={"help": "length of a window in pixel frames, 1 + k * the tokenizer's"}
     )
-    window_starts: list[int] = field(default_factory=lambda: [0], metadata={"help": "first frames of the windows"})
-    height: int = field(default=0, metadata={"help": "resize to this; 0: as stored"})
-    width: int = 0
-    fps: float = field(default=0, metadata={"help": "resample to this; 0: as stored"})
     train_text_encoder: bool = field(default=False, metadata={"help": "train a small T5 encoder and vocabulary along"})
     text_preset: str = field(default="nano", metadata={"help": "its size: a name in TEXT_PRESETS"})
     vocab_size: int = 1024
@@ -60,7 +55,6 @@ class DiffusionConfig(RunConfig):
     p_mean: float = field(default=0.0, metadata={"help": "mean of ln(sigma)"})
     p_std: float = 1.0
     scale_noise_by_frames: bool = field(default=False, metadata={"help": "sigma times sqrt(latent frames)"})
-    val_clips: int = field(default=32, metadata={"help": "clips of each validation set to measure on"})
     num_inference_steps: int = field(default=35, metadata={"help": "written into the exported pipeline"})
     guidance_scale: float = field(default=7.0, metadata={"help": "written into the exported pipeline"})
 
@@ -70,13 +64,10 @@ class DiffusionConfig(RunConfig):
         if self.family != expected:
             raise ValueError(f"family must be {expected}, got {self.family!r}")
         self.check_text()
-        if bool(self.height) != bool(self.width):
-            raise ValueError("give height and width together")
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
-        if not self.window_starts or min(self.window_starts) < 0 or self.max_condition_frames < 0:
-            raise ValueError("window_starts must be one or more frames >= 0, max_condition_frames must be >= 0")
-        self.cache_dir = self.cache_dir or str(Path(self.output_dir) / "cache")
+        if self.max_condition_frames < 0:
+            raise ValueError(f"max_condition_frames must be >= 0, got {self.max_condition_frames}")
 
     def check_text(self):
         if self.train_text_encoder == bool(self.text_encoder):
@@ -217,7 +208,8 @@ def build_datasets(
 ) -> tuple[LatentDataset, dict[str, LatentDataset]]:
     """Latents of the training data, and of every validation set by name (first window, first `val_clips` clips).
 
-    `arrays` are the names of what samples have besides, such as `actions` and `camera`; `views` those of the cameras to read.
+    `arrays` are the names of what samples have besides, such as `actions` and `camera`; `views` those of the cameras to read
+    together; without them a clip of several is read as one of `config.camera`.
     """
     if (config.num_frames - 1) % vae.config.temporal_compression:
         raise ValueError(f"num_frames must be 1 + k * {vae.config.temporal_compression}, got {config.num_frames}")
@@ -235,7 +227,7 @@ def build_datasets(
             random=False,
             need_caption=need_caption,
             on_broken=config.on_broken,
-            views=views,
+            views=views or config.camera or None,
         )
         share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes, arrays=arrays)
         return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
@@ -243,7 +235,7 @@ def build_datasets(
     train = cached(config.data, config.window_starts, True)
     validation = {}
     for name, path in zip(data_names(config.val_data), config.val_data, strict=True):
-        whole = cached(path, config.window_starts[:1], False)
+        whole = cached(path, config.window_starts[:1] or [0], False)
         validation[name] = whole.first(config.val_clips)
     state.wait_for_everyone()
     return train, validation

@@ -26,6 +26,7 @@ from .adaptation import (
     check_init_from,
     check_run_views,
     check_same_output,
+    errors_of,
     freeze,
     learn_as_new,
     pipeline_settings,
@@ -96,7 +97,7 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         self._check_views(settings.get("views"))
 
     def _check_views(self, base_views: list[str] | None):
-        self.views = check_run_views(self.views, base_views, "views" in self.conditions)
+        self.views = check_run_views(self, base_views)
         if self.views_per_step and not 2 <= self.views_per_step <= len(self.views):
             raise ValueError(f"views_per_step must be 0 (all) or 2 to {len(self.views)}, got {self.views_per_step}")
         if not 0 <= self.whole_views <= 1 or self.trajectory_points < 1:
@@ -109,7 +110,7 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
-        """The cameras of a clip to read; None for clips of one."""
+        """The cameras of a clip to read together; None for one alone."""
         return tuple(self.views) or None
 
 
@@ -185,7 +186,7 @@ class ConditionBatches:
         if "camera" in self.config.conditions:
             height, width = (size * self.spatial for size in batch["latents"].shape[-2:])
             size = height, width, self.spatial, self.temporal
-            batch["camera"] = torch.stack([self._rays(sample["camera"], size) for sample in samples])
+            batch["camera"] = torch.stack([self._rays(sample, size) for sample in samples])
             if self.config.views_per_step:
                 batch["first_cameras"] = torch.stack([self._first_cameras(sample["camera"]) for sample in samples])
         return batch
@@ -193,17 +194,20 @@ class ConditionBatches:
     def _actions(self, sample: dict) -> torch.Tensor:
         if self.spec.kind == "trajectory":
             count = self.config.trajectory_points
-            points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
-            return trajectory_vector(self.spec, points, count)
-        actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
+            with errors_of(sample):
+                points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
+                return trajectory_vector(self.spec, points, count)
+        with errors_of(sample):
+            actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
-    def _rays(self, camera: dict, size: tuple[int, ...]) -> torch.Tensor:
-        poses = camera["extrinsics"]
-        if not self.config.views:
-            return plucker_rays(camera["intrinsics"], poses, *size)
-        first = poses[reference_view(range(len(poses))), 0]
-        return join_views(plucker_rays(camera["intrinsics"], poses, *size, reference=first), dim=0)
+    def _rays(self, sample: dict, size: tuple[int, ...]) -> torch.Tensor:
+        intrinsics, poses = sample["camera"]["intrinsics"], sample["camera"]["extrinsics"]
+        with errors_of(sample):
+            if not self.config.views:
+                return plucker_rays(intrinsics, poses, *size)
+            first = poses[reference_view(range(len(poses))), 0]
+            return join_views(plucker_rays(intrinsics, poses, *size, reference=first), dim=0)
 
     def _first_cameras(self, camera: dict) -> torch.Tensor:
         poses = camera["extrinsics"].double()[:, 0]

@@ -24,6 +24,7 @@ from .adaptation import (
     check_init_from,
     check_run_views,
     check_same_output,
+    errors_of,
     freeze,
     learn_as_new,
     pipeline_settings,
@@ -78,7 +79,7 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
             raise ValueError(
                 f"conditions of an autoregressive base must be one or several of {', '.join(CONDITIONS)}, got {self.conditions}"
             )
-        self.views = check_run_views(self.views, settings.get("views"), "views" in self.conditions)
+        self.views = check_run_views(self, settings.get("views"))
         reads_text = base.get("cross_attention_dim") is not None or "instruction" in self.conditions
         if base and reads_text and not self.text_encoder:
             raise ValueError(
@@ -98,7 +99,7 @@ class ARPosttrainConfig(AdapterSettings, AutoregressiveConfig):
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
-        """The cameras of a clip to read; None for clips of one."""
+        """The cameras of a clip to read together; None for one alone."""
         return tuple(self.views) or None
 
 
@@ -123,9 +124,12 @@ class ConditionTokens(TokenBatches):
             told = torch.tensor([bool(sample["caption"]) for sample in samples])
             batch["text"] = batch["text"] * told[:, None, None]
         if self.spec is not None:
-            actions = [self.spec.inputs(sample["actions"], sample["fps"]) for sample in samples]
-            batch["actions"] = torch.stack([group_actions(part, self.temporal) for part in actions])
+            batch["actions"] = torch.stack([self._actions(sample) for sample in samples])
         return batch
+
+    def _actions(self, sample: dict) -> torch.Tensor:
+        with errors_of(sample):
+            return group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def build_dataset(config: TokenizerConfig) -> Dataset:
         if config.num_frames != 1:
             raise ValueError(f"{', '.join(config.data)} hold pictures: set num_frames to 1, not {config.num_frames}")
         return PictureDataset(config.data, crop=crop, on_broken=config.on_broken)
-    how = dict(num_frames=config.num_frames, keep_decoded=config.keep_decoded, on_broken=config.on_broken)
-    clips = ClipDataset(config.data, crop=crop, **how)
+    how = dict(num_frames=config.num_frames, on_broken=config.on_broken, views=config.camera or None)
+    clips = ClipDataset(config.data, crop=crop, keep_decoded=config.keep_decoded, **how)
     if not config.image_data:
         return clips
     return WithPictures(
@@ -75,7 +75,8 @@ def build_whole(config: TokenizerConfig, path: str | list[str]) -> Dataset:
     """Whole frames in a fixed order, for figures and statistics."""
     if all(find_pictures(one) for one in ([path] if isinstance(path, str) else path)):
         return PictureDataset(path, random=False, on_broken=config.on_broken)
-    return ClipDataset(path, num_frames=config.num_frames, random=False, on_broken=config.on_broken)
+    how = dict(num_frames=config.num_frames, on_broken=config.on_broken, views=config.camera or None)
+    return ClipDataset(path, random=False, **how)
 
 
 @torch.no_grad()
