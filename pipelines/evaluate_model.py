@@ -61,7 +61,7 @@ def main(argv=None):
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
         figures = {"made_by": provenance(args, pipe)}
         for name, path in zip(data_names(args.data), args.data, strict=True):
-            clips = ClipDataset(path, num_frames=pipe.config.num_frames, random=False)
+            clips = ClipDataset(path, num_frames=pipe.call_default("num_frames"), random=False)
             samples = [clips[i] for i in range(min(args.num_clips, len(clips)))]
             entry = {
                 "tokenizer": evaluate_reconstruction(reconstructor(pipe.vae), samples, perceptual, args.device)[

@@ -92,7 +92,7 @@ def rollout(
         keep_chunks: leave `<output>.chunks` there, so that a later call with more frames only adds to it.
         actions, camera: of the whole video, [num_frames - 1, A] and num_frames poses, for a model that takes them.
         on_chunk: called with every chunk's number and its entry of the drift curve.
-        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is the pipeline's own.
+        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is as in its call.
 
     Raises ValueError for contradictions, among them chunks on disk that other arguments made.
     """

@@ -30,8 +30,8 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
         transformer: a text-to-world network, or a video-to-world one, which is then given no frames.
         vae: the continuous video tokenizer.
         scheduler: the noise levels and the solver.
-        height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it says otherwise; what
-            the model was trained for.
+        height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it, or an adapter that is
+            loaded, says otherwise; what the model was trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
         action_spec: what actions mean, of a transformer that takes them; an `ActionSpec` or its fields.
         views: names of the views, of a transformer that has several (`CosmosMultiViewPipeline`).
@@ -165,7 +165,7 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
 
 
 def resolve(pipe, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type) -> dict:
-    """The arguments of a call, over the pipeline's own settings; checked."""
+    """The arguments of a call, over what its adapters were trained at and the pipeline's own settings; checked."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     given = dict(
@@ -176,7 +176,7 @@ def resolve(pipe, height, width, num_frames, fps, num_inference_steps, guidance_
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )
-    run = {name: getattr(pipe.config, name) if value is None else value for name, value in given.items()}
+    run = {name: pipe.call_default(name) if value is None else value for name, value in given.items()}
     check_size(pipe, run["height"], run["width"], run["num_frames"])
     return run
 
