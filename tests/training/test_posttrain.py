@@ -25,6 +25,7 @@ from cosmos_hf.pipelines.conditions import action_vectors
 from cosmos_hf.pipelines.rollout import rollout
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, fit
@@ -34,7 +35,6 @@ from cosmos_hf.training.posttrain import (
     build_model,
     check_step_zero,
     export_adapter,
-    find_action_spec,
 )
 from tiny_pipelines import SETTINGS, components
 
@@ -179,6 +179,15 @@ def test_captions_are_needed_for_instructions_only(make, data, tmp_path):
     assert batches.collate([dataset[0]])["text"].abs().max() == 0
     with pytest.raises(ValueError, match="no caption: 0.txt"):
         assemble(make("instruction", data=[str(tmp_path)]))
+
+
+def test_held_out_actions_may_go_further_than_the_training_data(make, data):
+    """They are told of before the first step (`find_action_spec`) and do not end a validation."""
+    _, _, dataset, batches, _ = assemble(make("action", "camera"))
+    sample = dataset[0, 0]
+    far = sample | {"actions": 10 * sample["actions"] + torch.tensor([0.0] * 6 + [-9 * sample["actions"][:, 6].max()])}
+    assert batches.spec.out_of_range(far["actions"])
+    assert batches.collate([far])["actions"].isfinite().all()
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.training import posttrain_autoregressive as ar
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, fit
-from cosmos_hf.training.posttrain import find_action_spec
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"

@@ -16,9 +16,10 @@ from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
-from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model, find_action_spec
+from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model
 from tiny_pipelines import SETTINGS, components
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"

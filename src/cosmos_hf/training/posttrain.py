@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
+from ..conditioning.action import ActionSpec, group_actions
 from ..conditioning.camera import plucker_rays
-from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_spec, trajectory_vector
+from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_vector
 from ..conditioning.views import join_views
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
 from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from .action_specs import reference_poses, without_range
 from .adaptation import (
     AdapterSettings,
     add_lora,
@@ -31,14 +32,12 @@ from .adaptation import (
     save_adapter,
     tell_trained,
 )
-from .cache import LatentDataset
 from .conditioned_loss import INPUTS
 from .diffusion import DiffusionConfig, Texts, WorldModel, build_uncertainty, texts_of, wave_conditions
 
 # The array that a clip must have for a condition.
 ARRAYS = {"camera": "camera", "action": "actions", "trajectory": "camera"}
 VIEW_EMBED_DIM = 6  # of the published multi-view models
-SPECS = {"bridge": BRIDGE, "driving": DRIVING}
 # Settings of a training from scratch that a post-training takes from its base.
 OF_THE_BASE = (
     "preset",
@@ -115,46 +114,6 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec | None:
-    """What the actions (or trajectories) of the run mean, with the normalisation and the range of its data; None without."""
-    if "trajectory" in config.conditions:
-        fps = data[0]["fps"]
-        spec = trajectory_spec(config.trajectory_points * fps / (config.num_frames - 1))
-        points = [
-            trajectory_points(reference_poses(arrays["camera"], window), fps, config.trajectory_points, spec.rate)
-            for windows, arrays in zip(data.windows, data.arrays, strict=True)
-            for window in windows.values()
-        ]
-        return spec.with_statistics(points, config.action_normalisation)
-    if "action" not in config.conditions:
-        return None
-    if config.action_spec in SPECS:
-        spec = SPECS[config.action_spec]
-    elif config.action_spec:
-        spec = ActionSpec.load(config.action_spec)
-    elif (Path(config.data[0]) / "meta" / "info.json").exists():
-        from ..data.lerobot import LeRobotClips
-
-        spec = LeRobotClips(config.data[0]).action_spec()
-    else:
-        raise ValueError(
-            f"say what the actions mean: action_spec must be {', '.join(SPECS)}, or a folder with an action_spec.json "
-            "(cosmos_hf.conditioning.action.ActionSpec(...).save(folder))"
-        )
-    actions = [arrays["actions"] for arrays in data.arrays]
-    if spec.normalisation == "none":
-        spec = spec.with_statistics(actions, config.action_normalisation)
-    if config.accumulate_actions and not spec.accumulated_scale:
-        spec = spec.with_accumulation(actions)
-    return spec
-
-
-def reference_poses(camera: dict, window: slice = slice(None)) -> torch.Tensor:
-    """Poses [T, 4, 4] of a clip's only camera, or of the first of its views."""
-    extrinsics = camera["extrinsics"]
-    return (extrinsics if extrinsics.ndim == 3 else extrinsics[0])[window]
-
-
 class ConditionBatches:
     """Samples -> batches with the network's inputs: `actions` [B, T', f A], or [B, 1, 3 N] of trajectories, and `camera`
     [B, 6, T', H', W']. Of several views T' is that of all of them.
@@ -164,6 +123,7 @@ class ConditionBatches:
 
     def __init__(self, config: PosttrainConfig, texts: Texts, vae: CosmosVideoTokenizer, spec: ActionSpec | None):
         self.config, self.texts, self.spec = config, texts, spec
+        self._read = spec and without_range(spec)  # `find_action_spec` has looked at the range
         self.spatial, self.temporal = vae.config.spatial_compression, vae.config.temporal_compression
 
     @property
@@ -190,8 +150,8 @@ class ConditionBatches:
         if self.spec.kind == "trajectory":
             count = self.config.trajectory_points
             points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
-            return trajectory_vector(self.spec, points, count)
-        actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
+            return trajectory_vector(self._read, points, count)
+        actions = group_actions(self._read.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
     def _rays(self, camera: dict, size: tuple[int, ...]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..models.ar_conditions import ADDABLE, added_parts, added_weights, extend_c
 from ..models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from .action_specs import without_range
 from .adaptation import (
     AdapterSettings,
     add_lora,
@@ -114,6 +115,7 @@ class ConditionTokens(TokenBatches):
     ):
         super().__init__(config, model_config, texts)
         self.spec = spec
+        self._read = spec and without_range(spec)  # `find_action_spec` has looked at the range
         self.spatial, self.temporal = vae.config.spatial_compression, vae.config.temporal_compression
 
     def collate(self, samples: list[dict]) -> dict:
@@ -122,7 +124,7 @@ class ConditionTokens(TokenBatches):
             told = torch.tensor([bool(sample["caption"]) for sample in samples])
             batch["text"] = batch["text"] * told[:, None, None]
         if self.spec is not None:
-            actions = [self.spec.inputs(sample["actions"], sample["fps"]) for sample in samples]
+            actions = [self._read.inputs(sample["actions"], sample["fps"]) for sample in samples]
             batch["actions"] = torch.stack([group_actions(part, self.temporal) for part in actions])
         return batch
 
