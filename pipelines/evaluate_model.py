@@ -29,7 +29,7 @@ from cosmos_hf.evaluation.perceptual import PerceptualDistance
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
 from cosmos_hf.evaluation.worlds import score_future, summarise_futures
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
-from cosmos_hf.pipelines.conditions import action_vectors
+from cosmos_hf.pipelines.conditions import action_vectors, takes_one_action
 from cosmos_hf.pipelines.encode import encode_prompts
 from cosmos_hf.pipelines.loading import pipeline_class
 from cosmos_hf.pipelines.scripting import provenance, report
@@ -143,6 +143,8 @@ def future(pipe, args, count: int, sample: dict, caption: str, seed: int) -> tor
         options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     takes_text = pipe.text_encoder is not None
     conditions = {name: sample[name] for name in conditions_of(pipe)}
+    if takes_one_action(pipe):
+        conditions["actions"] = sample["actions"][count - 1 : count]
     height, width = sample["video"].shape[2:]
     result = pipe(
         video=sample["video"][:, :count],

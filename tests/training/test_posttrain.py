@@ -185,7 +185,7 @@ def test_held_out_actions_may_go_further_than_the_training_data(make, data):
     """They are told of before the first step (`find_action_spec`) and do not end a validation."""
     _, _, dataset, batches, _ = assemble(make("action", "camera"))
     sample = dataset[0, 0]
-    far = sample | {"actions": 10 * sample["actions"] + torch.tensor([0.0] * 6 + [-9 * sample["actions"][:, 6].max()])}
+    far = sample | {"actions": sample["actions"] + torch.tensor([9.0] + [0.0] * 6)}
     assert batches.spec.out_of_range(far["actions"])
     assert batches.collate([far])["actions"].isfinite().all()
 
@@ -283,6 +283,9 @@ def test_dropped_conditions_are_not_seen(make):
             "'query' ends the name of no layer; a block has .*attn1.to_q",
         ),
         (("action",), dict(action_spec=""), "say what the actions mean: action_spec must be bridge, driving"),
+        (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),
+        (("action",), dict(action_form="as_written", max_condition_frames=2), "needs max_condition_frames 0 or 1"),
+        (("camera",), dict(action_form="as_written"), "as_written is for conditions: action"),
         (("action",), dict(action_spec="driving"), "actions have 7 numbers, 2 are needed for car"),
     ],
 )
@@ -318,6 +321,18 @@ def test_a_pipeline_adds_up_actions_as_the_training_did(make, pipe, data, tmp_pa
     led_to = trained_on[0].view(3, 4, 14)[1:, :, 7].flatten()
     assert led_to.min() > 0 and (led_to.diff() > 0).all()  # a constant motion goes ever farther
     assert generate(pipe, actions=plan_of(0.25)).shape[2] == 3
+
+
+def test_the_papers_form_is_trained_on_the_next_action_alone(make, pipe, tmp_path):
+    config = make("action", action_form="as_written")
+    model, _, dataset, batches, _ = assemble(config)
+    sample = dataset[3, 1]
+    trained_on = batches.collate([sample])["actions"]
+    assert trained_on.shape == (1, 1, 7) and model.transformer.config.action_form == "as_written"
+    export_adapter(model, tmp_path / "adapter", config, batches, sample)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    torch.testing.assert_close(action_vectors(pipe, sample["actions"][:1], 9, 5.0), trained_on)
+    assert generate(pipe, actions=plan_of(0.25, 1)).shape[2] == 3
 
 
 def test_several_adapters_at_once_alone_and_unloaded(pipe, adapters):

@@ -131,7 +131,8 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
             sampling: solver, noise levels, details of guidance; see `cosmos_hf.pipelines.sampling.Sampling`.
             actions: [num_frames - 1, A], for a model that takes them: action t leads from frame t to frame t + 1, in the units
                 of `action_spec`, which checks them. One for all videos, or [B, num_frames - 1, A] or a list. Or for a model that
-                takes a trajectory its points, [N, 3] (`cosmos_hf.conditioning.trajectory`).
+                takes a trajectory its points, [N, 3] (`cosmos_hf.conditioning.trajectory`), for one of the paper's next-frame form
+                (`action_form` "as_written") one action, [1, A].
             camera: a `CameraPath` of num_frames poses, a dict with its "intrinsics" and "extrinsics", or a list of such.
 
         Raises ValueError for contradictions and sizes that the model cannot represent.

@@ -18,7 +18,7 @@ from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_
 from ..conditioning.views import join_views
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
-from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
+from ..models.dit_conditions import ACTION_FORMS, CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from .action_specs import reference_poses, without_range
 from .adaptation import (
@@ -71,6 +71,10 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     whole_views: float = field(
         default=0.3, metadata={"help": "share of samples of which some views, a random subset, are given whole"}
     )
+    action_form: str = field(
+        default="intended",
+        metadata={"help": "intended: an action for every frame; as_written: the paper's, the next one alone"},
+    )
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
@@ -87,11 +91,25 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
             raise ValueError(f"conditions must be one or several of {', '.join(INPUTS)}, got {self.conditions}")
         if {"action", "trajectory"} <= set(self.conditions):
             raise ValueError("action and trajectory enter the network by the same door: learn one of them")
+        self._check_action_form()
         settings = pipeline_settings(self.init_from)
         if settings:
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
             self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
         self._check_views(settings.get("views"))
+
+    def _check_action_form(self):
+        if self.action_form not in ACTION_FORMS:
+            raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {self.action_form!r}")
+        if self.action_form == "intended":
+            return
+        if "action" not in self.conditions:
+            raise ValueError("action_form: as_written is for conditions: action")
+        if self.accumulate_actions or self.max_condition_frames > 1:
+            raise ValueError(
+                "action_form: as_written tells the network the action that leads on from the first frame alone: it needs "
+                "max_condition_frames 0 or 1, and accumulate_actions: false"
+            )
 
     def _check_views(self, base_views: list[str] | None):
         self.views = check_run_views(self.views, base_views, "views" in self.conditions)
@@ -115,8 +133,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
 
 
 class ConditionBatches:
-    """Samples -> batches with the network's inputs: `actions` [B, T', f A], or [B, 1, 3 N] of trajectories, and `camera`
-    [B, 6, T', H', W']. Of several views T' is that of all of them.
+    """Samples -> batches with the network's inputs: `actions` [B, T', f A], [B, 1, A] of the form "as_written" or [B, 1, 3 N] of
+    trajectories, and `camera` [B, 6, T', H', W']. Of several views T' is that of all of them.
 
     Text is as `Texts` gives it, and zero for samples (or views) without a caption.
     """
@@ -130,6 +148,8 @@ class ConditionBatches:
     def action_dim(self) -> int | None:
         if self.spec is None:
             return None
+        if self.config.action_form == "as_written":
+            return self.spec.num_inputs
         return self.spec.num_inputs * (
             self.temporal if self.spec.kind != "trajectory" else self.config.trajectory_points
         )
@@ -151,6 +171,8 @@ class ConditionBatches:
             count = self.config.trajectory_points
             points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
             return trajectory_vector(self._read, points, count)
+        if self.config.action_form == "as_written":
+            return self._read.inputs(sample["actions"][:1], sample["fps"])
         actions = group_actions(self._read.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
@@ -185,7 +207,7 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
     """The conditions as fields of the transformer's config."""
     changes = {"camera_channels": CAMERA_CHANNELS} if "camera" in config.conditions else {}
     if action_dim is not None:
-        changes |= {"action_dim": action_dim, "action_form": "intended"}
+        changes |= {"action_dim": action_dim, "action_form": config.action_form}
     if "views" in config.conditions:
         changes |= {"num_views": len(config.views), "view_embed_dim": VIEW_EMBED_DIM}
     return changes
