@@ -13,6 +13,8 @@ from ..data.annotated import read_actions
 from ..data.video import read_video
 from .scripting import file_checksum, folder_checksum
 
+FOCAL = 0.86  # of a picture's width: it shows 60 degrees
+
 
 def add_steering_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
@@ -27,9 +29,9 @@ def add_steering_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--camera_distance", type=float, default=1.0, help="length of a named way, in the data's units"
     )
-    parser.add_argument("--camera_angle", type=float, default=30.0, help="whole turn of a named way, in degrees")
-    parser.add_argument("--camera_depth", type=float, default=2.0, help="distance of what an orbit goes around")
-    parser.add_argument("--camera_focal", type=float, default=0.86, help="focal length of a named way, in widths")
+    parser.add_argument("--camera_angle", type=float, help="whole turn of a named way, in degrees; default 30")
+    parser.add_argument("--camera_depth", type=float, help="distance of what an orbit goes around; default 2")
+    parser.add_argument("--camera_focal", type=float, help=f"focal length of a named way, in widths; default {FOCAL}")
     parser.add_argument(
         "--drop_conditions", nargs="+", choices=("actions", "camera"), help="guide by these, too; needs guidance_scale"
     )
@@ -65,9 +67,10 @@ def steering_record(args: argparse.Namespace) -> dict:
 
 def _camera(args: argparse.Namespace, num_frames: int, height: int, width: int) -> CameraPath:
     if args.camera in TRAJECTORIES or args.camera in ORBITS:
-        focal = args.camera_focal * width
-        how = dict(distance=args.camera_distance, angle=args.camera_angle, depth=args.camera_depth)
-        extrinsics = named_trajectory(args.camera, num_frames, **how)
+        focal = (args.camera_focal or FOCAL) * width
+        how = {name: getattr(args, f"camera_{name}") for name in ("distance", "angle", "depth")}
+        told = {name: value for name, value in how.items() if value is not None}
+        extrinsics = named_trajectory(args.camera, num_frames, **told)
         return CameraPath([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], extrinsics, height, width)
     path = Path(args.camera)
     if not path.exists():
