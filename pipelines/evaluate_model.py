@@ -37,7 +37,7 @@ from cosmos_hf.evaluation.plans import evaluate_plans
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
 from cosmos_hf.evaluation.worlds import score_future, summarise_futures
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
-from cosmos_hf.pipelines.conditions import action_vectors, conditions_of_clip
+from cosmos_hf.pipelines.conditions import action_vectors, conditions_of_clip, takes_one_action
 from cosmos_hf.pipelines.encode import encode_prompts
 from cosmos_hf.pipelines.loading import pipeline_class
 from cosmos_hf.pipelines.scripting import provenance, report
@@ -242,6 +242,8 @@ def future(pipe, args, count: int, sample: dict, caption: str | None, seed: int,
     else:
         guidance = None if caption is None else args.guidance_scale
         options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=guidance)
+    if takes_one_action(pipe):
+        conditions = conditions | {"actions": conditions["actions"][count - 1 : count]}
     num_frames, height, width = sample["video"].shape[1:]
     result = pipe(
         video=sample["video"][:, :count],

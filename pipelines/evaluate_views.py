@@ -63,7 +63,7 @@ def main(argv=None):
 
 def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
     """Scores of every clip by what they are of."""
-    settings = {key: pipe.trained_settings.get(key, pipe.config[key]) for key in ("height", "width", "num_frames")}
+    settings = {name: pipe.call_default(name) for name in ("height", "width", "num_frames")}
     size = settings["height"], settings["width"]
     views = tuple(args.views or pipe.views or ())
     spec = pipe.action_spec

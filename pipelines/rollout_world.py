@@ -2,6 +2,8 @@
 
     python pipelines/rollout_world.py --input robot.mp4 --prompt "A robot arm picks up the red cube." --num_frames 81
 
+    python pipelines/rollout_world.py --input robot.mp4 --adapter runs/nano_action/export --actions plan.npz --lerobot rollouts
+
 Cut and started again with the same arguments, it goes on where it was. Beside the mp4, a JSON file tells how the picture drifts.
 See docs/sampling.md.
 """
@@ -21,6 +23,13 @@ from cosmos_hf.pipelines.scripting import (
     provenance,
     report,
 )
+from cosmos_hf.pipelines.steering import (
+    add_steering_arguments,
+    open_writer,
+    steering_arguments,
+    steering_record,
+    write_episode,
+)
 
 
 def main(argv=None):
@@ -36,6 +45,10 @@ def main(argv=None):
     parser.add_argument(
         "--keep_chunks", action="store_true", help="so that a later run with more frames only adds to it"
     )
+    parser.add_argument(
+        "--lerobot", help="new folder: the rollout and its actions as a LeRobot data set of one episode"
+    )
+    add_steering_arguments(parser)
     add_generation_arguments(parser, model=nano_path("video2world"))
     parser.set_defaults(num_frames=81)
     args = parser.parse_args(argv)
@@ -44,7 +57,9 @@ def main(argv=None):
             if getattr(args, name):
                 raise ValueError(f"--{name} is not for long worlds")
         pipe = load_pipeline(CosmosVideo2WorldPipeline, args)
-        source, metadata = {}, provenance(args, pipe) | dict(script="rollout_world")
+        source, metadata = {}, provenance(args, pipe) | dict(script="rollout_world") | steering_record(args)
+        steering = steering_arguments(args, pipe)
+        writer = open_writer(args.lerobot, pipe, args.fps, "actions" in steering) if args.lerobot else None
         if args.input:
             source["image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"] = args.input
             metadata["input_sha256"] = file_checksum(args.input)
@@ -67,7 +82,11 @@ def main(argv=None):
             sampling={name: getattr(args, name) for name in SAMPLING if getattr(args, name)},
             metadata=metadata,
             **{name: getattr(args, name) for name in names},
+            **steering,
         )
+        if writer is not None:
+            task = " ".join([args.prompt, *args.then]) if args.prompt else ""
+            print(f"{write_episode(writer, result.path, steering.get('actions'), task)}: a LeRobot data set")
         curve = Path(args.output).with_suffix(".drift.json")
         curve.write_text(json.dumps(result.drift, indent=1))
     shape = read_video(result.path, num_frames=1).frames.shape

@@ -2,6 +2,7 @@
 
     python pipelines/video2world.py --input robot.mp4 --prompt "A robot arm picks up the red cube." --output future.mp4
     python pipelines/video2world.py --batch clips.jsonl --output outputs/futures
+    python pipelines/video2world.py --input robot.mp4 --adapter runs/nano_action/export --actions plan.csv
 
 The input is any file that PyAV or Pillow reads: a video is resampled to the model's frame rate by time stamps, resized until
 the model's size is covered and cropped to its centre (--fit pad: kept whole), and its last frames are continued. The mp4
@@ -24,6 +25,7 @@ from cosmos_hf.pipelines.scripting import (
     run_batch,
     save_result,
 )
+from cosmos_hf.pipelines.steering import add_steering_arguments, steering_arguments, steering_record
 
 
 def main(argv=None):
@@ -32,6 +34,7 @@ def main(argv=None):
     parser.add_argument("--num_conditioning_frames", type=int, help="1 + k * the tokenizer's temporal factor")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how the input comes to the model's size")
     add_generation_arguments(parser, model=nano_path("video2world"))
+    add_steering_arguments(parser)
     add_batch_argument(parser)
     args = parser.parse_args(argv)
     with report(parser):
@@ -48,10 +51,10 @@ def main(argv=None):
                 **{kind: args.input},
                 num_conditioning_frames=args.num_conditioning_frames,
                 fit=args.fit,
-                **call_arguments(args) | prompts.call | preview_arguments(args, pipe),
+                **call_arguments(args) | prompts.call | preview_arguments(args, pipe) | steering_arguments(args, pipe),
             )
             extra = dict(script="video2world", input=args.input, input_sha256=file_checksum(args.input))
-            save_result(args, pipe, result, **extra, **prompts.metadata)
+            save_result(args, pipe, result, **extra, **prompts.metadata, **steering_record(args))
 
         run_batch(parser, args, make)
 

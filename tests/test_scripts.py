@@ -7,16 +7,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from cosmos_hf import CosmosDiffusionDecoderPipeline, CosmosVideoTokenizer, nano_path
+from cosmos_hf import CosmosDiffusionDecoderPipeline, CosmosVideo2WorldPipeline, CosmosVideoTokenizer, nano_path
+from cosmos_hf.conditioning.action import BRIDGE, ActionSpec
+from cosmos_hf.conditioning.camera_paths import named_trajectory
 from cosmos_hf.convert import load_original
 from cosmos_hf.convert.checkpoints import Checkpoint
+from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import VideoWriter, read_metadata, read_video, write_video
+from cosmos_hf.models.condition_adapters import added_weights
+from cosmos_hf.models.dit_conditions import extend_conditions
+from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.training.adaptation import save_adapter
 from golden_files import golden, weights
+from tiny_pipelines import SETTINGS, components
 from tiny_tokenizers import tiny_video
 from torchscript_files import fixture, save_torchscript
 
@@ -233,6 +243,102 @@ def test_a_killed_rollout_goes_on_and_ends_equal(tmp_path):
     whole, again = (read_video(path).frames for path in (tmp_path / "whole.mp4", cut))
     # Rounding in the last place of a pixel may lead the lossy codec another way for the rest of a block.
     assert whole.shape[1] == 81 and (whole.float() - again.float()).abs().mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    """A tiny base, its adapters that take actions and a camera, and a plan of 8 actions."""
+    root = tmp_path_factory.mktemp("steered")
+    pipe = CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS)
+    pipe.save_pretrained(root / "base")
+    for name, changes in (
+        ("action", dict(action_dim=28, action_form="intended")),
+        ("camera", dict(camera_channels=6)),
+    ):
+        model = CosmosWorldTransformer3D.from_pretrained(root / "base" / "transformer")
+        extend_conditions(model, **changes)
+        for weight in added_weights(model, changes).values():
+            torch.nn.init.normal_(weight, std=0.1)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        save_adapter(model, root / name, changes, BRIDGE if name == "action" else None)
+    plan = np.zeros((8, 7), dtype=np.float32)
+    plan[:, 0], plan[:, 6] = 0.5, 1
+    np.savez(root / "plan.npz", actions=plan)
+    np.save(root / "plan.npy", plan)
+    (root / "plan.json").write_text(json.dumps({"actions": [*plan.tolist(), plan[-1].tolist()]}))
+    rows = [",".join(f"action{i}" for i in range(7)), *(",".join(map(str, row)) for row in plan)]
+    (root / "plan.csv").write_text("\n".join(rows))
+    Image.new("RGB", (48, 32), "green").save(root / "first.png")
+    return root
+
+
+def made_by(steered, name, *arguments, script="video2world"):
+    output = steered / f"{name}.mp4"
+    run(
+        script,
+        "--model",
+        steered / "base",
+        "--input",
+        steered / "first.png",
+        "--output",
+        output,
+        "--num_inference_steps",
+        1,
+        *arguments,
+    )
+    return read_metadata(output).get("frames_sha256"), output
+
+
+def test_actions_and_cameras_from_the_shell(steered, capsys):
+    """One plan in four files is one video; a named camera is one; and reproduce makes it again."""
+    action = ("--adapter", steered / "action", "--actions")
+    sums = {made_by(steered, kind, *action, steered / f"plan.{kind}")[0] for kind in ("npz", "npy", "csv", "json")}
+    assert len(sums) == 1 and sums != {made_by(steered, "still", *action, steered / "plan.npy", "--seed", 1)[0]}
+    camera = ("--adapter", steered / "camera", "--camera")
+    left, output = made_by(steered, "left", *camera, "orbit_left", "--camera_angle", 20)
+    assert left != made_by(steered, "right", *camera, "orbit_right", "--camera_angle", 20)[0]
+    intrinsics = [[0.86 * 48, 0, 24], [0, 0.86 * 48, 16], [0, 0, 1]]
+    np.savez(steered / "path.npz", intrinsics=intrinsics, extrinsics=named_trajectory("orbit_left", 9, angle=20))
+    assert made_by(steered, "file", *camera, steered / "path.npz")[0] == left
+    run("reproduce", output, "--output", steered / "again.mp4")
+    assert "has the same frames as" in capsys.readouterr().out
+    guided = ("--drop_conditions", "actions", "--guidance_scale", 2)
+    assert made_by(steered, "guided", *action, steered / "plan.npy", *guided)[0] not in sums
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("action", "--actions", "plan.txt"), "no such file"),
+        (("action", "--actions", "first.png"), "actions are read from .npz, .npy, .csv and .json"),
+        (("action", "--actions", "path_alone.npz"), "has no 'actions'; there is extrinsics"),
+        (("action",), "model needs actions="),
+        (("camera", "--camera", "orbit"), "orbit is no file, and no way; there is static"),
+        (
+            ("camera", "--camera", "static", "--resolution", "1:1"),
+            "give --height and --width in place of --resolution",
+        ),
+        (("camera", "--camera", "path_alone.npz"), "lacks intrinsics"),
+    ],
+)
+def test_what_cannot_steer_is_a_message(steered, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(steered)
+    np.savez("path_alone.npz", extrinsics=np.eye(4))
+    with pytest.raises(SystemExit):
+        made_by(steered, "wrong", "--adapter", *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_steered_rollout_becomes_a_data_set(steered):
+    pytest.importorskip("pyarrow")
+    plan = np.tile(np.load(steered / "plan.npy"), (2, 1))
+    np.save(steered / "long.npy", plan)
+    more = ("--adapter", steered / "action", "--actions", steered / "long.npy", "--num_frames", 17, "--overlap", 1)
+    made_by(steered, "long", *more, "--lerobot", steered / "set", "--prompt", "a robot arm", script="rollout_world")
+    sample = ClipDataset(steered / "set", random=False)[0]
+    assert sample["video"].shape == (3, 17, 32, 48) and sample["caption"] == "a robot arm"
+    np.testing.assert_allclose(sample["actions"], plan)
+    assert ActionSpec.load(steered / "set" / "meta").names == BRIDGE.names
 
 
 def test_preview_is_kept_up_to_date(tmp_path):

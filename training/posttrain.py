@@ -24,6 +24,7 @@ from cosmos_hf import (
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training import autoregressive
 from cosmos_hf.training import posttrain_autoregressive as ar
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.adaptation import comparing, load_trained
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.config import family_of, parse
@@ -34,7 +35,6 @@ from cosmos_hf.training.posttrain import (
     PosttrainConfig,
     build_model,
     export_adapter,
-    find_action_spec,
     trained_on,
 )
 
@@ -51,7 +51,7 @@ def posttrain_diffusion(argv):
     need_caption = "instruction" in config.conditions
     data, validation = build_datasets(config, vae, need_caption, config.arrays, config.cameras)
     texts = Texts(config, data.texts, [text for dataset in validation.values() for text in dataset.texts])
-    batches = ConditionBatches(config, texts, vae, find_action_spec(config, data))
+    batches = ConditionBatches(config, texts, vae, find_action_spec(config, data, validation))
     model = build_model(config, batches.action_dim)
     scheduler = CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler")
     loss = ConditionedLoss(config, scheduler, model.transformer.takes_condition_mask)
@@ -96,7 +96,7 @@ def posttrain_autoregressive(argv):
     data, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays, config.cameras)
     captions = [caption for dataset in validation.values() for caption in dataset.captions]
     texts = Texts(config, data.captions, captions) if config.has_text else None
-    spec = find_action_spec(config, data)
+    spec = find_action_spec(config, data, validation)
     model, changes = ar.build_model(config, spec, vae.config.temporal_compression)
     batches = ar.ConditionTokens(config, model.transformer.config, texts, spec, vae)
     loss = ar.ARConditionedLoss(config)

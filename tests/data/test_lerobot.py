@@ -1,6 +1,7 @@
 """LeRobot data sets of both layouts, written here as LeRobot writes them, and what the writer makes of rollouts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -269,6 +270,8 @@ def test_rollouts_are_written_and_read_back(tmp_path):
     source = LeRobotClips(root)
     assert source.names("observation.state") == ["a", "b"] and ActionSpec.load(root / "meta") == SPEC
     assert source.info["total_frames"] == sum(LENGTHS) and source.info["total_tasks"] == 2
+    assert replace(source.action_spec(), low=(), high=()) == SPEC and len(source.action_spec().high) == 3
+    assert source.action_spec(frame="base").frame == "base"
     tasks = parquet.read_table(root / "meta/tasks.parquet").to_pylist()
     assert tasks == [{"task_index": 0, "task": TASKS[0]}, {"task_index": 1, "task": TASKS[1]}]
     table = parquet.read_table(root / "data/chunk-000/file-001.parquet")

@@ -1,6 +1,7 @@
 """Every fault that lint knows, put into an otherwise clean data set; and a clean one, of which nothing is said."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_actions_against_the_spec_of_a_checkpoint(tmp_path, capsys):
     ActionSpec(("x",), ("m",), "robot base", "delta", 5.0).save(tmp_path / "model")
     assert main(["lint", str(root), "--action_spec", str(tmp_path / "model")]) == 1
     assert "actions have 2 numbers, 1 are needed: x" in capsys.readouterr().out
+
+
+def test_what_a_data_set_says_of_its_actions_is_looked_at(tmp_path):
+    root = write_views(tmp_path / "set")
+    assert lint(root, spec=SPEC) == []
+    said = [str(finding) for finding in lint(root, spec=replace(SPEC, frame="joints"))]
+    assert said == [
+        "error: the actions do not mean what the model was trained on: frame 'robot base', needed 'joints'"
+    ]
+    replace(SPEC, low=(0, 0), high=(0.01, 0.01)).save(root / "meta")
+    assert any("the action 'x' goes from" in str(finding) for finding in lint(root))
 
 
 def test_wrong_arguments_are_a_message(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Actions and cameras as a call takes them, with a model that needs both."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from cosmos_hf.data.video import read_video
 from cosmos_hf.models.dit_conditions import extend_conditions
 from cosmos_hf.pipelines.conditions import window_of_actions, window_of_camera
 from cosmos_hf.pipelines.rollout import rollout
+from tiny_pipelines import SETTINGS
 
 PROMPT = "a robot arm picks up the red cube"
 
@@ -140,6 +141,27 @@ def test_actions_that_nobody_explained_are_refused(pipe):
     pipe.register_to_config(action_spec=asdict(BRIDGE))
 
 
+def test_the_published_form_takes_the_next_action_alone(video2world, tmp_path):
+    one = type(video2world)(**copy.deepcopy(video2world.components), **SETTINGS, action_spec=BRIDGE)
+    one.set_progress_bar_config(disable=True)
+    extend_conditions(one.transformer, action_dim=7, action_form="as_written")
+    for parameter in one.transformer.action_embed.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    given = dict(camera=None, num_videos_per_prompt=1)
+    right, left = (run(one, **given, actions=plan(speed, 1)) for speed in (0.5, -0.5))
+    assert (right - left).abs().max() > 1e-3
+    assert run(one, **given, actions=[plan(0.5, 1), plan(-0.5, 1)]).shape[0] == 2
+    with pytest.raises(ValueError, match=r"predicts what follows from one action .* must be \[1, 7\], .*got \(8, 7\)"):
+        run(one, **given, actions=plan())
+    with pytest.raises(ValueError, match="takes one action for a call"):
+        rollout(one, tmp_path / "world.mp4", 9, image=torch.zeros(3, 1, 32, 48, dtype=torch.uint8), actions=plan())
+    one.register_to_config(
+        action_spec=asdict(replace(BRIDGE, names=BRIDGE.names[:6], units=BRIDGE.units[:6], gripper=None))
+    )
+    with pytest.raises(ValueError, match="transformer takes 7 numbers .*, one action has 6"):
+        run(one, **given, actions=np.zeros((1, 6)))
+
+
 def test_a_rollout_is_driven_to_any_length(pipe, tmp_path):
     """Chunk after chunk with its own window; a change of the plan's end leaves the beginning as it is."""
     settings = dict(image=torch.zeros(3, 1, 32, 48, dtype=torch.uint8), num_inference_steps=1, overlap=1)
@@ -152,6 +174,13 @@ def test_a_rollout_is_driven_to_any_length(pipe, tmp_path):
     assert torch.equal(results[0][:, :9], results[1][:, :9]) and not torch.equal(results[0][:, 9:], results[1][:, 9:])
     with pytest.raises(ValueError, match=r"actions must be \[19, 7\] for 20 frames"):
         rollout(pipe, tmp_path / "world.mp4", 20, actions=plan(), camera=path(frames=20), **settings)
+    with pytest.raises(ValueError, match="guidance needs a prompt"):
+        rollout(
+            pipe, tmp_path / "world.mp4", 20, actions=actions, camera=path(frames=20), guidance_scale=2, **settings
+        )
+    guided = dict(guidance_scale=2.0, sampling=dict(drop_conditions=("actions",)))
+    rollout(pipe, tmp_path / "world.mp4", 20, actions=actions, camera=path(frames=20), **settings | guided)
+    assert not torch.equal(read_video(tmp_path / "world.mp4").frames, results[1])
     with pytest.raises(ValueError, match="model needs actions="):
         rollout(pipe, tmp_path / "world.mp4", 20, camera=path(frames=20), **settings)
 

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from cosmos_hf.conditioning.action import BRIDGE, ActionSpec
 from cosmos_hf.conditioning.camera import CameraPath
-from cosmos_hf.data.video import write_video
+from cosmos_hf.data.video import read_video, write_video
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.condition_adapters import GrownLinear
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.conditions import action_vectors
+from cosmos_hf.pipelines.rollout import rollout
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, build_optimizer, fit
@@ -32,7 +35,6 @@ from cosmos_hf.training.posttrain import (
     build_model,
     check_step_zero,
     export_adapter,
-    find_action_spec,
 )
 from tiny_pipelines import SETTINGS, components
 
@@ -179,6 +181,15 @@ def test_captions_are_needed_for_instructions_only(make, data, tmp_path):
         assemble(make("instruction", data=[str(tmp_path)]))
 
 
+def test_held_out_actions_may_go_further_than_the_training_data(make, data):
+    """They are told of before the first step (`find_action_spec`) and do not end a validation."""
+    _, _, dataset, batches, _ = assemble(make("action", "camera"))
+    sample = dataset[0, 0]
+    far = sample | {"actions": sample["actions"] + torch.tensor([9.0] + [0.0] * 6)}
+    assert batches.spec.out_of_range(far["actions"])
+    assert batches.collate([far])["actions"].isfinite().all()
+
+
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +299,9 @@ def test_dropped_conditions_are_not_seen(make):
             "'query' ends the name of no layer; a block has .*attn1.to_q",
         ),
         (("action",), dict(action_spec=""), "say what the actions mean: action_spec must be bridge, driving"),
+        (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),
+        (("action",), dict(action_form="as_written", max_condition_frames=2), "needs max_condition_frames 0 or 1"),
+        (("camera",), dict(action_form="as_written"), "as_written is for conditions: action"),
         (("action",), dict(action_spec="driving"), "actions have 7 numbers, 2 are needed for car"),
     ],
 )
@@ -323,6 +337,18 @@ def test_a_pipeline_adds_up_actions_as_the_training_did(make, pipe, data, tmp_pa
     led_to = trained_on[0].view(3, 4, 14)[1:, :, 7].flatten()
     assert led_to.min() > 0 and (led_to.diff() > 0).all()  # a constant motion goes ever farther
     assert generate(pipe, actions=plan_of(0.25)).shape[2] == 3
+
+
+def test_the_papers_form_is_trained_on_the_next_action_alone(make, pipe, tmp_path):
+    config = make("action", action_form="as_written")
+    model, _, dataset, batches, _ = assemble(config)
+    sample = dataset[3, 1]
+    trained_on = batches.collate([sample])["actions"]
+    assert trained_on.shape == (1, 1, 7) and model.transformer.config.action_form == "as_written"
+    export_adapter(model, tmp_path / "adapter", config, batches, sample)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    torch.testing.assert_close(action_vectors(pipe, sample["actions"][:1], 9, 5.0), trained_on)
+    assert generate(pipe, actions=plan_of(0.25, 1)).shape[2] == 3
 
 
 def test_several_adapters_at_once_alone_and_unloaded(pipe, adapters):
@@ -374,6 +400,69 @@ def test_fused_adapters_stay_and_are_saved(pipe, adapters, tmp_path):
     again.load_lora_weights(adapters / "instruction")
     with pytest.raises(ValueError, match="brings action_dim, which this pipeline's transformer has already"):
         again.load_lora_weights(adapters / "action", adapter_name="second")
+
+
+def told_settings(folder, target, **settings):
+    """A copy of an adapter that says what it was trained at."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    record = json.loads((target / "conditions.json").read_text())
+    (target / "conditions.json").write_text(json.dumps(record | {"settings": settings}))
+    if (target / "action_spec.json").exists():
+        replace(ActionSpec.load(target), rate=settings["fps"]).save(target)
+    return target
+
+
+def test_calls_take_what_an_adapter_was_trained_at(base, pipe, adapters, tmp_path, caplog):
+    """Rate, size and length: of the adapter while it acts, of the pipeline when it was fused, and named where two disagree."""
+    trained = dict(height=64, width=64, num_frames=5, fps=10.0)
+    camera = told_settings(adapters / "camera", tmp_path / "camera", **trained)
+    action = told_settings(adapters / "action", tmp_path / "action", **trained)
+    slow = told_settings(adapters / "action", tmp_path / "slow", **trained | dict(fps=2.0))
+
+    def call(pipe=pipe, **more):
+        image = torch.zeros(3, 1, 64, 64, dtype=torch.uint8)
+        return pipe(image=image, prompt=PROMPT, output_type="latent", guidance_scale=0, **more)
+
+    pipe.load_lora_weights(action, adapter_name="action")
+    result = call(actions=plan_of(0.5, 4))
+    assert result.fps == 10 and result.frames.shape[2:] == (2, 8, 8)
+    assert call(actions=plan_of(0.5), num_frames=9).frames.shape[2:] == (3, 8, 8)
+    assert call(actions=plan_of(0.5, 4), resolution="16:9").frames.shape[-1] > 8
+    world = rollout(
+        pipe,
+        tmp_path / "world.mp4",
+        9,
+        image=torch.zeros(3, 1, 64, 64, dtype=torch.uint8),
+        actions=plan_of(0.5),
+        overlap=1,
+    )
+    assert world.fps == 10 and read_video(world.path).frames.shape == (3, 9, 64, 64)
+    pipe.disable_lora()
+    assert call().fps == 5
+    pipe.enable_lora()
+    pipe.load_lora_weights(camera, adapter_name="camera")
+    given = dict(actions=plan_of(0.5, 4), camera=path_of(0.1, 5))
+    assert call(**given).fps == 10
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    again = CosmosVideo2WorldPipeline.from_pretrained(tmp_path / "fused")
+    assert {name: again.config[name] for name in trained} == trained and call(again, **given).fps == 10
+
+    pipe = CosmosVideo2WorldPipeline.from_pretrained(base)
+    pipe.load_lora_weights(camera, adapter_name="camera")
+    pipe.load_lora_weights(slow, adapter_name="slow")
+    with pytest.raises(ValueError, match=r"trained at different fps \('camera' 10.0, 'slow' 2.0\): give fps="):
+        call(pipe, **given)
+    assert call(pipe, fps=2, **given).fps == 2
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert (
+        "fused adapters were trained at different fps ('camera' 10.0, 'slow' 2.0): the pipeline keeps" in caplog.text
+    )
+    assert pipe.config.fps == 5 and pipe.config.num_frames == 5
 
 
 def test_adapters_that_do_not_fit_are_refused(pipe, adapters, base, tmp_path):

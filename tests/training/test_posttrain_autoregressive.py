@@ -3,6 +3,7 @@
 import json
 import logging
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.training import posttrain_autoregressive as ar
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.loop import TrainingError, fit
-from cosmos_hf.training.posttrain import find_action_spec
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"
@@ -281,6 +282,18 @@ def test_unloading_gives_back_the_base(make, bases, tmp_path):
     pipe.unload_lora_weights()
     assert pipe.transformer.conditions == () and torch.equal(generate(pipe), plain)
     pipe.save_pretrained(tmp_path / "again")
+
+
+def test_a_call_takes_the_rate_and_the_length_of_the_adapter(make, bases, tmp_path):
+    adapter_of(make("action", base="plain"), tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "conditions.json").read_text())
+    record["settings"] |= dict(num_frames=5, fps=10.0)
+    (tmp_path / "adapter" / "conditions.json").write_text(json.dumps(record))
+    replace(ActionSpec.load(tmp_path / "adapter"), rate=10).save(tmp_path / "adapter")
+    pipe = load(bases["plain"])
+    pipe.load_lora_weights(tmp_path / "adapter")
+    result = pipe(image=torch.zeros(3, 1, 32, 32, dtype=torch.uint8), actions=plan_of(0.5, 4), output_type="latent")
+    assert result.fps == 10 and result.frames.shape[1] == 2
 
 
 def test_long_worlds_are_driven_window_by_window(make, bases, tmp_path):

@@ -20,11 +20,12 @@ from cosmos_hf.pipelines.multiview import CosmosMultiViewPipeline
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.pipelines.view_inputs import read_view_conditions
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.autoregressive import AutoregressiveConfig
 from cosmos_hf.training.conditioned_loss import ConditionedLoss, validate_conditions
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.diffusion import DiffusionConfig, Texts, build_datasets
-from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model, find_action_spec
+from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model
 from cosmos_hf.training.tokenizer import build_dataset, build_whole
 from tiny_pipelines import SETTINGS, components
 

@@ -123,8 +123,8 @@ class ActionSpec:
                 f"actions are given at {fps:g} per second, the model was trained at {self.rate:g}: resample the clip, or "
                 "sum up or split its actions"
             )
-        if self.low and actions.numel():
-            self._check_range(actions.reshape(-1, self.width))
+        if told := self.out_of_range(actions):
+            raise ValueError(f"{told}: another unit, frame or scale?")
         if self.gripper is not None and actions.numel():
             values = actions[..., self.names.index(self.gripper.name)]
             ends = sorted((self.gripper.open, self.gripper.closed))
@@ -136,16 +136,19 @@ class ActionSpec:
                 )
         return actions
 
-    def _check_range(self, actions: torch.Tensor):
-        for i, name in enumerate(self.names):
+    def out_of_range(self, actions) -> str | None:
+        """Which number of the actions [..., A] lies far beyond the data's range, and how far, in words; None where none does."""
+        actions = torch.as_tensor(actions).float().reshape(-1, self.width)
+        for i, name in enumerate(self.names if self.low and len(actions) else ()):
             low, high = self.low[i], self.high[i]
             margin = RANGE_MARGIN * max(high - low, 1e-3)
             least, most = float(actions[:, i].min()), float(actions[:, i].max())
             if least < low - margin or most > high + margin:
-                raise ValueError(
+                return (
                     f"the action {name!r} goes from {least:g} to {most:g} {self.units[i]}, the data were within "
-                    f"{low:g} to {high:g}: another unit, frame or scale?"
+                    f"{low:g} to {high:g}"
                 )
+        return None
 
     def normalise(self, actions, fps: float | None = None) -> torch.Tensor:
         """Checked actions [..., A] as the network takes them."""

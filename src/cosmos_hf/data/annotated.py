@@ -97,6 +97,32 @@ def tables_beside(files: dict[str, bytes | Path], video: Path) -> dict[str, byte
     return {name: file for name, file in files.items() if name != "csv"} | {"npz": pack_arrays(arrays)}
 
 
+def read_actions(path: str | Path, num_frames: int) -> np.ndarray:
+    """The actions [T - 1, A] of a clip's file beside it: npz or json ("actions"), csv (columns `action...`); or of a npy.
+
+    Of a table or list with an entry for each of the `num_frames` frames the last one is left out: nothing follows the last frame.
+    Raises FileNotFoundError, and ValueError where there are none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            found = {name: archive[name] for name in archive.files}
+    elif path.suffix == ".csv":
+        found = _columns(path)
+    elif path.suffix == ".json":
+        found = _record(path)
+    else:
+        raise ValueError(f"{path}: actions are read from .npz, .npy, .csv and .json")
+    if "actions" not in found:
+        raise ValueError(f"{path} has no 'actions'; there is {', '.join(found) or 'nothing'}")
+    actions = _array(found["actions"], "actions", path)
+    return actions[:-1] if path.suffix in (".csv", ".json") and len(actions) == num_frames else actions
+
+
 def _frames(arrays: dict[str, np.ndarray], video: Path) -> int:
     return len(arrays["states"]) if "states" in arrays else count_frames(video)[0]
 

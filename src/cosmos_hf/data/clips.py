@@ -90,21 +90,34 @@ class FolderClips:
         return tables_beside(files, video)
 
 
+def _local(path: str | Path) -> Path:
+    """Where the data lie on this disk; a repository of the Hub is downloaded."""
+    if not str(path).startswith("hf://"):
+        return Path(path)
+    from .lerobot import download
+
+    return download(str(path))
+
+
+def open_lerobot(path: str | Path):
+    """The `LeRobotClips` of a folder or `hf://<user>/<name>`; None for data of another kind."""
+    path = _local(path)
+    if not (path / "meta" / "info.json").exists():
+        return None
+    from .lerobot import LeRobotClips
+
+    return LeRobotClips(path)
+
+
 def open_clips(path: str | Path):
     """A folder of shards, a shard, a pattern of shards (`data/train-*.tar`), a folder of videos, a LeRobot data set (a folder or
     `hf://<user>/<name>`), or a split of a Bridge-style one. The result has `keys` and `read(key)` -> files by extension.
 
     Raises FileNotFoundError naming what was looked for, and the splits where `path` holds a whole data set.
     """
-    if str(path).startswith("hf://"):
-        from .lerobot import download
-
-        path = download(str(path))
-    path = Path(path)
-    if (path / "meta" / "info.json").exists():
-        from .lerobot import LeRobotClips
-
-        return LeRobotClips(path)
+    path = _local(path)
+    if (lerobot := open_lerobot(path)) is not None:
+        return lerobot
     if path.is_dir() and (annotations := annotation_folder(path)) is not None:
         return BridgeClips(annotations)
     if glob.has_magic(str(path)):

@@ -6,12 +6,13 @@ where there is one alone, it is the clip's only video. In v3.0 many episodes lie
 """
 
 import json
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ..conditioning.action import ActionSpec
+from ..conditioning.action import FILE_NAME, ActionSpec
 from .samples import VideoSegment, pack_arrays
 
 try:
@@ -117,17 +118,29 @@ class LeRobotClips:
         names = [name for name in (self.action, self.state) if name and all(name in part for part in parts)]
         return {name: _pooled([part[name] for part in parts]) for name in names if parts}
 
-    def action_spec(self, frame: str = "joints", kind: str = "absolute", **known) -> ActionSpec:
-        """What the data set itself says of its actions, with its range; LeRobot keeps no units, frame or convention, so
-        those are to be given (`ActionSpec`'s fields)."""
+    @cached_property
+    def stated_spec(self) -> ActionSpec | None:
+        """What the data set says of its actions in `meta/action_spec.json`, which `LeRobotWriter` writes; None without one."""
+        meta = self.root / "meta"
+        return ActionSpec.load(meta) if self.action is not None and (meta / FILE_NAME).exists() else None
+
+    def action_spec(self, **known) -> ActionSpec:
+        """What the data set itself says of its actions, with its range, and `known` (`ActionSpec`'s fields) in place of that.
+
+        LeRobot itself keeps no units, frame or convention: where there is no `meta/action_spec.json`, what is not given is taken
+        for absolute targets of joints, without units and a gripper.
+        """
         if self.action is None:
             raise ValueError(f"{self.root} has no actions")
         names = self.names(self.action)
         found = self.statistics.get(self.action, {})
+        seen = {}
         if {"min", "max"} <= set(found):
-            known = {"low": tuple(found["min"].tolist()), "high": tuple(found["max"].tolist())} | known
-        known = {"units": ("",) * len(names), "embodiment": self.info.get("robot_type") or ""} | known
-        return ActionSpec(names=tuple(names), frame=frame, kind=kind, rate=self.fps, **known)
+            seen = {"low": tuple(found["min"].tolist()), "high": tuple(found["max"].tolist())}
+        if self.stated_spec is not None:
+            return replace(self.stated_spec, **(known if self.stated_spec.low else seen | known))
+        assumed = dict(names=tuple(names), frame="joints", kind="absolute", rate=self.fps, units=("",) * len(names))
+        return ActionSpec(**assumed | {"embodiment": self.info.get("robot_type") or ""} | seen | known)
 
     def _read_episodes(self) -> list[dict]:
         if self.version.startswith("v2"):

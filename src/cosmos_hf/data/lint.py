@@ -2,7 +2,8 @@
 
 Checks, over all clips or an even choice of them: clips that cannot be read, frame counts and rates that contradict the
 numbers beside them, frame counts that no training window or tokenizer fits; captions that are missing; actions and states of
-changing width, out of scale, dead or not finite; cameras that are missing, dead, frozen, doubled or swapped; poses that are none.
+changing width, out of scale, dead, not finite or of another meaning; cameras that are missing, dead, frozen, doubled or swapped;
+poses that are none.
 """
 
 from collections import defaultdict
@@ -71,7 +72,8 @@ def lint(
         path: what `open_clips` takes.
         num_frames: the training window; shorter clips are found.
         temporal_compression: the tokenizer's; clips of other lengths than 1 + k times that are found.
-        spec: what actions are to mean: width, rate, range and gripper are checked against it.
+        spec: what actions are to mean: width, rate, range and gripper are checked against it, and what the data set itself states
+            (`meta/action_spec.json` of a LeRobot data set). None checks the actions against that.
         need_captions: whether a clip without a caption is an error.
         max_clips: clips to decode, evenly chosen; the choice is told where it is not all of them.
 
@@ -98,7 +100,7 @@ def lint(
         findings += _check_frames(clips, num_frames, temporal_compression)
         findings += _check_captions(clips, need_captions)
         findings += [*_check_numbers(clips, "actions"), *_check_numbers(clips, "states")]
-        findings += _check_spec(clips, spec) if spec else []
+        findings += _check_spec(clips, spec, getattr(source, "stated_spec", None))
         findings += _check_cameras(clips)
     if len(keys) < len(source.keys):
         findings.append(Finding("warning", f"only {len(keys)} of {len(source.keys)} clips were looked at (max_clips)"))
@@ -241,7 +243,16 @@ def _check_numbers(clips: list[_Clip], name: str):
             )
 
 
-def _check_spec(clips: list[_Clip], spec: ActionSpec):
+def _check_spec(clips: list[_Clip], spec: ActionSpec | None, stated: ActionSpec | None):
+    """Against the spec that was given, which what the data set itself states must equal, or against that."""
+    if spec is not None and stated is not None:
+        try:
+            spec.check_same(stated)
+        except ValueError as error:
+            yield Finding("error", str(error))
+    spec = spec or stated
+    if spec is None:
+        return
     refused = defaultdict(list)
     for clip in clips:
         if clip.actions is not None:

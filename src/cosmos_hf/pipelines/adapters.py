@@ -5,6 +5,7 @@ the transformer is extended by the conditions of the adapters that are active, a
 for exactly the inputs that it then uses.
 """
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch import nn
 from ..conditioning.action import FILE_NAME, ActionSpec
 from ..conditioning.views import PUBLISHED_VIEWS, check_view_names
 from ..models.condition_adapters import COMPANIONS, RECORD, WEIGHTS, ConditionAdapter, has_condition
+
+logger = logging.getLogger(__name__)
 
 FILES = (LORA_WEIGHT_NAME_SAFE, RECORD, WEIGHTS, FILE_NAME)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -58,9 +61,27 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     @property
     def trained_settings(self) -> dict:
-        """Size, frames and rate of the adapter's training, where an active one tells."""
-        told = (self._adapters[name][0].record.get("settings") for name in self._present)
-        return next((settings for settings in told if settings), {})
+        """Size, frames and rate that the active adapters were trained at, where they tell and agree."""
+        told = self._settings_by_adapter()
+        return {n: next(iter(values.values())) for n, values in told.items() if len(set(values.values())) == 1}
+
+    def call_default(self, name: str):
+        """What a call uses that leaves the argument `name` out: what the active adapters were trained at, else the pipeline's own.
+
+        Raises ValueError where two of them were trained at different values.
+        """
+        values = self._settings_by_adapter().get(name, {})
+        if len(set(values.values())) > 1:
+            raise ValueError(f"the adapters were trained at different {name} ({_listed(values)}): give {name}=")
+        return next(iter(values.values()), self.config[name])
+
+    def _settings_by_adapter(self) -> dict[str, dict]:
+        """Argument of a call -> active adapter that was trained at a value of it -> the value."""
+        told = {}
+        for adapter in self._present:
+            for name, value in (self._adapters[adapter][0].record.get("settings") or {}).items():
+                told.setdefault(name, {})[adapter] = value
+        return told
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """Load an adapter and make it active beside those that are: a folder that `training/posttrain.py` wrote, such a
@@ -148,6 +169,14 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
             self.register_to_config(action_spec=asdict(spec))
         if named := [names for names in views if names]:
             self.register_to_config(views=list(named[0]))
+        for name, values in self._settings_by_adapter().items():
+            if name not in self.trained_settings:
+                logger.warning(
+                    "the fused adapters were trained at different %s (%s): the pipeline keeps its own, %s; another one is told by "
+                    "pipe.register_to_config(%s=...)",
+                    *(name, _listed(values), self.config[name], name),
+                )
+        self.register_to_config(**self.trained_settings)
         super().unload_lora_weights()
         self._merged_adapters = set()
         self.start_adapters()
@@ -209,6 +238,10 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
                 f"{len(unknown)} of the adapter's {len(state)} weights are for layers that this transformer does not have, such "
                 f"as {unknown[0]}: it was trained on another base"
             )
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name!r} {value}" for name, value in values.items())
 
 
 def _local(source, kwargs: dict):

@@ -239,12 +239,11 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         return CosmosPipelineOutput(frames=frames, fps=run["fps"]) if return_dict else (frames,)
 
     def _resolve(self, height, width, num_frames, fps, temperature, top_p, output_type) -> dict:
-        """The arguments of a call, over what an adapter of several views was trained on and the pipeline's own; checked."""
+        """The arguments of a call, over what its adapters were trained at and the pipeline's own settings; checked."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         given = dict(height=height, width=width, num_frames=num_frames, fps=fps, temperature=temperature, top_p=top_p)
-        own = dict(self.config) | (self.trained_settings if self.transformer.config.num_views > 1 else {})
-        run = {name: own[name] if value is None else value for name, value in given.items()}
+        run = {name: self.call_default(name) if value is None else value for name, value in given.items()}
         check_size(self, run["height"], run["width"], run["num_frames"])
         if run["temperature"] < 0 or not 0 <= run["top_p"] <= 1:
             raise ValueError(

@@ -56,7 +56,7 @@ def bucket_size(pipe, resolution: str | None, height, width, source: tuple[int, 
         raise ValueError(f"resolution='auto' follows an image or a video; without one say one of {', '.join(RATIOS)}")
     ratio = nearest_ratio(*source) if resolution == "auto" else resolution
     multiple = pipe.vae.config.spatial_compression * pipe.transformer.config.patch_size[1]
-    size = size_of(ratio, pipe.config.height, pipe.config.width, multiple)
+    size = size_of(ratio, pipe.call_default("height"), pipe.call_default("width"), multiple)
     if resolution == "auto":
         logger.info("resolution='auto': an input of %dx%d is generated at %dx%d (%s)", *source, *size, ratio)
     return size

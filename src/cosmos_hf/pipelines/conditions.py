@@ -65,14 +65,39 @@ def spec_of(pipe) -> ActionSpec:
 def action_vectors(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:
     """[T - 1, A], [B, T - 1, A] or a list of [T - 1, A], in the units of the `ActionSpec` -> [B, T' or 1, action_dim].
 
-    Of a trajectory it is the points, [N, 3] or such per video, that lead to [B, 1, action_dim].
+    Of a trajectory it is the points, [N, 3] or such per video, that lead to [B, 1, action_dim]; of a model that predicts the next
+    frame from one action (`takes_one_action`) that action, [1, A] or such per video.
     """
     spec, config = spec_of(pipe), pipe.transformer.config
     if spec.kind == "trajectory":
         return _trajectories(spec, _stacked(actions), config.action_dim // spec.width, (num_frames - 1) / fps)
-    vectors = latent_actions(pipe, checked_actions(pipe, actions, num_frames, fps))
+    if takes_one_action(pipe):
+        return _next_action(spec, config.action_dim, _stacked(actions), fps)
+    return latent_actions(pipe, checked_actions(pipe, actions, num_frames, fps))
+
+
+def takes_one_action(pipe) -> bool:
+    """Whether the model is told only the action that leads on from what is given, as the paper's next-frame prediction."""
     # An autoregressive transformer has one form.
-    return vectors[:, 1:2] if getattr(config, "action_form", None) == "as_written" else vectors
+    one = getattr(pipe.transformer.config, "action_form", None) == "as_written"
+    return one and "actions" in pipe.transformer.conditions and spec_of(pipe).kind != "trajectory"
+
+
+def _next_action(spec: ActionSpec, action_dim: int, actions, fps: float) -> torch.Tensor:
+    actions = spec.check(actions, fps)
+    actions = actions[None] if actions.ndim == 2 else actions
+    if actions.ndim != 3 or actions.shape[1] != 1:
+        raise ValueError(
+            f"this model predicts what follows from one action (action_form='as_written'): actions must be [1, {spec.width}], the "
+            f"one that leads to the first generated frame, or one such per video, got {tuple(actions.shape[-2:])}. A model "
+            "that takes one for every frame is post-trained with action_form: intended"
+        )
+    if action_dim != spec.num_inputs:
+        raise ValueError(
+            f"the transformer takes {action_dim} numbers (action_dim), one action has {spec.num_inputs}: the action_spec is "
+            "another model's"
+        )
+    return spec.inputs(actions)
 
 
 def checked_actions(pipe, actions, num_frames: int, fps: float) -> torch.Tensor:

@@ -86,12 +86,6 @@ class CosmosMultiViewPipeline(CosmosText2WorldPipeline):
         one view.
         """
         places = views_of_call(self, views)
-        trained = self.trained_settings
-        size = (
-            trained.get(n) if v is None else v
-            for n, v in (("height", height), ("width", width), ("num_frames", num_frames))
-        )
-        fps = trained.get("fps") if fps is None else fps
         if prompt is None and prompt_embeds is None:
             if not image and not video:
                 raise ValueError("give prompt or prompt_embeds, or frames of some views (image=, video=)")
@@ -100,7 +94,7 @@ class CosmosMultiViewPipeline(CosmosText2WorldPipeline):
                     "guidance needs a prompt: without one both branches are equal. Give prompt, or guidance_scale=0"
                 )
             guidance_scale = guidance_scale if Sampling.of(sampling).drop_conditions else 0
-        run = resolve(self, *size, fps, num_inference_steps, guidance_scale, output_type)
+        run = resolve(self, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type)
         check_callback(self, callback_on_step_end_tensor_inputs)
         texts = dict(
             prompt=read_prompts("prompt", prompt, places),

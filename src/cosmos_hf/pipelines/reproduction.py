@@ -7,6 +7,13 @@ import torch
 from ..data.video import read_metadata, read_video
 from ..nano import MODELS, nano_path
 
+_FILES = {
+    "model_checksum": "the model's files are not those that made it",
+    "adapter_checksum": "the adapters' files are not those that made it",
+    "input_sha256": "the input file is another",
+    "actions_sha256": "the file of actions is another",
+    "camera_sha256": "the camera's file is another",
+}
 SCRIPTS = ("text2world", "video2world", "rollout_world")
 
 
@@ -23,7 +30,7 @@ def recipe(path: str | Path) -> tuple[str, dict]:
             f"{path} does not tell how it was made: only videos of pipelines/{{{','.join(SCRIPTS)}}}.py do"
         )
     settings = dict(metadata["settings"])
-    for name in ("output", "batch", "preview", "device", "truth", "keep_chunks"):
+    for name in ("output", "batch", "preview", "device", "truth", "keep_chunks", "lerobot"):
         settings.pop(name, None)
     bundled = {folder: name for name, folder in MODELS.items()}
     if not Path(settings["model"]).exists() and Path(settings["model"]).name in bundled:
@@ -59,11 +66,9 @@ def compare(original: str | Path, again: str | Path) -> dict:
         for name, now in after["versions"].items()
         if before["versions"].get(name) != now
     ]
-    for key, what in (("model_checksum", "the model's files"), ("input_sha256", "the input file")):
+    for key, what in _FILES.items():
         if before.get(key) != after.get(key):
-            differences.append(
-                f"{what} are not those that made it" if key == "model_checksum" else f"{what} is another"
-            )
+            differences.append(what)
     a, b = (read_video(path).frames for path in (original, again))
     if a.shape != b.shape:
         return dict(equal=False, psnr=None, differences=[*differences, f"sizes {tuple(a.shape)} and {tuple(b.shape)}"])

@@ -31,7 +31,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..data.video import FILE_TYPES, VideoWriter, read_video, stream_video, to_uint8
-from .conditions import as_path, check_needed, read_conditions, spec_of, window_of_actions, window_of_camera
+from .conditions import (
+    as_path,
+    check_needed,
+    read_conditions,
+    spec_of,
+    takes_one_action,
+    window_of_actions,
+    window_of_camera,
+)
 from .drift import DriftMeter
 from .encode import check_text, draw_noise, encode_prompts, read_conditioning
 from .sampling import Sampling
@@ -92,13 +100,13 @@ def rollout(
         keep_chunks: leave `<output>.chunks` there, so that a later call with more frames only adds to it.
         actions, camera: of the whole video, [num_frames - 1, A] and num_frames poses, for a model that takes them.
         on_chunk: called with every chunk's number and its entry of the drift curve.
-        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is the pipeline's own.
+        size: height, width, num_frames_per_chunk, fps, num_inference_steps, guidance_scale; absent is as in its call.
 
     Raises ValueError for contradictions, among them chunks on disk that other arguments made.
     """
-    plan = _Plan.of(pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, size)
-    given = (image, video, num_conditioning_frames), (num_frames, actions, camera)
-    chunks = _Chunks(pipe, plan, seed, Sampling.of(sampling), *given)
+    sampling, source = Sampling.of(sampling), (image, video, num_conditioning_frames)
+    plan = _Plan.of(pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, sampling, size)
+    chunks = _Chunks(pipe, plan, seed, sampling, source, (num_frames, actions, camera))
     store = _Store(Path(f"{output}.chunks"), chunks.fingerprint())
     world, true_frames = _World(pipe.vae, overlap, history), _frames_of(truth, plan.run)
     meter, part = DriftMeter(pipe.vae.config.temporal_compression), Path(f"{output}.part")
@@ -132,7 +140,7 @@ class _Plan:
     history: str
 
     @classmethod
-    def of(cls, pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, size) -> "_Plan":
+    def of(cls, pipe, num_frames, overlap, history, history_noise, prompt, negative_prompt, sampling, size) -> "_Plan":
         names = {"num_frames_per_chunk", "height", "width", "fps", "num_inference_steps", "guidance_scale"}
         if set(size) - names:
             raise ValueError(f"rollout has no argument {', '.join(sorted(set(size) - names))}")
@@ -141,9 +149,9 @@ class _Plan:
         size = {"num_frames": size.get("num_frames_per_chunk")} | {
             name: size.get(name) for name in names - {"num_frames_per_chunk"}
         }
-        if prompt is None and size["guidance_scale"]:
-            raise ValueError("guidance needs a prompt. Give prompt, or guidance_scale=0")
-        if prompt is None:
+        if prompt is None and not sampling.drop_conditions:
+            if size["guidance_scale"]:
+                raise ValueError("guidance needs a prompt. Give prompt, or guidance_scale=0")
             size["guidance_scale"] = 0
         run = resolve(pipe, output_type="latent", **size)
         check_text(prompt, negative_prompt, None, None, run["guidance_scale"])
@@ -193,6 +201,11 @@ class _Chunks:
             if spec_of(pipe).kind == "trajectory":
                 raise ValueError(
                     "this model's trajectories are told for one clip: a rollout needs a model that takes actions"
+                )
+            if takes_one_action(pipe):
+                raise ValueError(
+                    "this model takes one action for a call (action_form='as_written'): a rollout needs a model that takes one for "
+                    "every frame; or call the pipeline again and again with the last frames"
                 )
             actions = spec_of(pipe).check(actions, run["fps"])
             if actions.shape != (num_frames - 1, spec_of(pipe).width):
@@ -279,6 +292,8 @@ class _Chunks:
 
     def _embeddings(self, k: int):
         plan = self.plan
+        if plan.prompts is None and plan.negative_prompt is None:
+            return None, None
         prompt = None if plan.prompts is None else plan.prompts[min(k, len(plan.prompts) - 1)]
         if self._text[1] is None or self._text[0] != prompt:
             guided = plan.run["guidance_scale"] > 0

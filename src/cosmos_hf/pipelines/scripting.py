@@ -24,6 +24,7 @@ from .preview import fit_latent_preview
 PLACES = ("output", "device", "preset", "batch", "preview")
 FIXED = (
     "model",
+    "adapter",
     "dtype",
     "device",
     "preset",
@@ -32,7 +33,7 @@ FIXED = (
     "upsampler",
     "upsampler_4bit",
 )  # the same for all items of a batch
-SAMPLING = ("solver", "grid", "guidance_interval", "guidance_rescale", "batch_guidance")
+SAMPLING = ("solver", "grid", "guidance_interval", "guidance_rescale", "batch_guidance", "drop_conditions")
 CALL = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "fps", "guidance_scale")
 
 
@@ -70,8 +71,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str):
 
 
 def load_pipeline(pipeline_class, args: argparse.Namespace):
-    """The pipeline of `--model` on `--device`, or as `--preset` places it."""
+    """The pipeline of `--model` with its `--adapter`s on `--device`, or as `--preset` places it."""
     pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), storage=args.storage)
+    for folder in getattr(args, "adapter", None) or []:
+        pipe.load_lora_weights(folder)
     if args.preset is None:
         return pipe.to(args.device)
     pipe.apply_preset(args.preset, args.device)

@@ -30,8 +30,8 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
         transformer: a text-to-world network, or a video-to-world one, which is then given no frames.
         vae: the continuous video tokenizer.
         scheduler: the noise levels and the solver.
-        height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it says otherwise; what
-            the model was trained for.
+        height, width, num_frames, fps, num_inference_steps, guidance_scale: what a call uses unless it, or an adapter that is
+            loaded, says otherwise; what the model was trained for.
         max_sequence_length: text tokens that the transformer was trained with; shorter prompts are padded with zeros.
         action_spec: what actions mean, of a transformer that takes them; an `ActionSpec` or its fields.
         views: names of the views, of a transformer that has several (`CosmosMultiViewPipeline`).
@@ -131,7 +131,8 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
             sampling: solver, noise levels, details of guidance; see `cosmos_hf.pipelines.sampling.Sampling`.
             actions: [num_frames - 1, A], for a model that takes them: action t leads from frame t to frame t + 1, in the units
                 of `action_spec`, which checks them. One for all videos, or [B, num_frames - 1, A] or a list. Or for a model that
-                takes a trajectory its points, [N, 3] (`cosmos_hf.conditioning.trajectory`).
+                takes a trajectory its points, [N, 3] (`cosmos_hf.conditioning.trajectory`), for one of the paper's next-frame form
+                (`action_form` "as_written") one action, [1, A].
             camera: a `CameraPath` of num_frames poses, a dict with its "intrinsics" and "extrinsics", or a list of such.
 
         Raises ValueError for contradictions and sizes that the model cannot represent.
@@ -165,7 +166,7 @@ class CosmosText2WorldPipeline(PresetsMixin, ConditionAdaptersMixin, DiffusionPi
 
 
 def resolve(pipe, height, width, num_frames, fps, num_inference_steps, guidance_scale, output_type) -> dict:
-    """The arguments of a call, over the pipeline's own settings; checked."""
+    """The arguments of a call, over what its adapters were trained at and the pipeline's own settings; checked."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     given = dict(
@@ -176,7 +177,7 @@ def resolve(pipe, height, width, num_frames, fps, num_inference_steps, guidance_
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )
-    run = {name: getattr(pipe.config, name) if value is None else value for name, value in given.items()}
+    run = {name: pipe.call_default(name) if value is None else value for name, value in given.items()}
     check_size(pipe, run["height"], run["width"], run["num_frames"])
     return run
 

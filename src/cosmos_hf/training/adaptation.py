@@ -47,7 +47,7 @@ class AdapterSettings(RunConfig):
     action_spec: str = field(
         default="",
         metadata={
-            "help": "what actions mean: bridge, driving, or a folder with action_spec.json; empty: LeRobot's own"
+            "help": "what actions mean: bridge, driving, or a folder with action_spec.json; empty: what the LeRobot data say"
         },
     )
     action_normalisation: str = field(default="quantile", metadata={"help": "none, standard, range or quantile"})

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ..conditioning.action import BRIDGE, DRIVING, ActionSpec, group_actions
+from ..conditioning.action import ActionSpec, group_actions
 from ..conditioning.camera import plucker_rays, relative_extrinsics
-from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_spec, trajectory_vector
+from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_vector
 from ..conditioning.views import join_views, reference_view
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
-from ..models.dit_conditions import CAMERA_CHANNELS, channel_columns, extend_conditions
+from ..models.dit_conditions import ACTION_FORMS, CAMERA_CHANNELS, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from .action_specs import reference_poses, without_range
 from .adaptation import (
     AdapterSettings,
     add_lora,
@@ -33,14 +34,12 @@ from .adaptation import (
     save_adapter,
     tell_trained,
 )
-from .cache import LatentDataset
 from .conditioned_loss import INPUTS
 from .diffusion import DiffusionConfig, Texts, WorldModel, build_uncertainty, texts_of, wave_conditions
 
 # The array that a clip must have for a condition.
 ARRAYS = {"camera": "camera", "action": "actions", "trajectory": "camera"}
 VIEW_EMBED_DIM = 6  # of the published multi-view models
-SPECS = {"bridge": BRIDGE, "driving": DRIVING}
 # Settings of a training from scratch that a post-training takes from its base.
 OF_THE_BASE = (
     "preset",
@@ -74,6 +73,10 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     whole_views: float = field(
         default=0.3, metadata={"help": "share of samples of which some views, a random subset, are given whole"}
     )
+    action_form: str = field(
+        default="intended",
+        metadata={"help": "intended: an action for every frame; as_written: the paper's, the next one alone"},
+    )
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
@@ -90,11 +93,25 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
             raise ValueError(f"conditions must be one or several of {', '.join(INPUTS)}, got {self.conditions}")
         if {"action", "trajectory"} <= set(self.conditions):
             raise ValueError("action and trajectory enter the network by the same door: learn one of them")
+        self._check_action_form()
         settings = pipeline_settings(self.init_from)
         if settings:
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
             self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
         self._check_views(settings.get("views"))
+
+    def _check_action_form(self):
+        if self.action_form not in ACTION_FORMS:
+            raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {self.action_form!r}")
+        if self.action_form == "intended":
+            return
+        if "action" not in self.conditions:
+            raise ValueError("action_form: as_written is for conditions: action")
+        if self.accumulate_actions or self.max_condition_frames > 1:
+            raise ValueError(
+                "action_form: as_written tells the network the action that leads on from the first frame alone: it needs "
+                "max_condition_frames 0 or 1, and accumulate_actions: false"
+            )
 
     def _check_views(self, base_views: list[str] | None):
         self.views = check_run_views(self, base_views)
@@ -117,62 +134,25 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def find_action_spec(config: AdapterSettings, data: LatentDataset) -> ActionSpec | None:
-    """What the actions (or trajectories) of the run mean, with the normalisation and the range of its data; None without."""
-    if "trajectory" in config.conditions:
-        fps = data[0]["fps"]
-        spec = trajectory_spec(config.trajectory_points * fps / (config.num_frames - 1))
-        points = [
-            trajectory_points(reference_poses(arrays["camera"], window), fps, config.trajectory_points, spec.rate)
-            for windows, arrays in zip(data.windows, data.arrays, strict=True)
-            for window in windows.values()
-        ]
-        return spec.with_statistics(points, config.action_normalisation)
-    if "action" not in config.conditions:
-        return None
-    if config.action_spec in SPECS:
-        spec = SPECS[config.action_spec]
-    elif config.action_spec:
-        spec = ActionSpec.load(config.action_spec)
-    elif (Path(config.data[0]) / "meta" / "info.json").exists():
-        from ..data.lerobot import LeRobotClips
-
-        spec = LeRobotClips(config.data[0]).action_spec()
-    else:
-        raise ValueError(
-            f"say what the actions mean: action_spec must be {', '.join(SPECS)}, or a folder with an action_spec.json "
-            "(cosmos_hf.conditioning.action.ActionSpec(...).save(folder))"
-        )
-    actions = [arrays["actions"] for arrays in data.arrays]
-    if spec.normalisation == "none":
-        spec = spec.with_statistics(actions, config.action_normalisation)
-    if config.accumulate_actions and not spec.accumulated_scale:
-        spec = spec.with_accumulation(actions)
-    return spec
-
-
-def reference_poses(camera: dict, window: slice = slice(None)) -> torch.Tensor:
-    """Poses [T, 4, 4] of a clip's only camera, or of the first of its views."""
-    extrinsics = camera["extrinsics"]
-    return (extrinsics if extrinsics.ndim == 3 else extrinsics[0])[window]
-
-
 class ConditionBatches:
-    """Samples -> batches with the network's inputs: `actions` [B, T', f A], or [B, 1, 3 N] of trajectories, and `camera`
-    [B, 6, T', H', W']. Of several views T' is that of all of them, and where a step draws some of them `first_cameras`
-    [B, V, 4, 4] tells where each begins, in the coordinates of the rays.
+    """Samples -> batches with the network's inputs: `actions` [B, T', f A], [B, 1, A] of the form "as_written" or [B, 1, 3 N] of
+    trajectories, and `camera` [B, 6, T', H', W']. Of several views T' is that of all of them, and where a step draws some of them
+    `first_cameras` [B, V, 4, 4] tells where each begins, in the coordinates of the rays.
 
     Text is as `Texts` gives it, and zero for samples (or views) without a caption.
     """
 
     def __init__(self, config: PosttrainConfig, texts: Texts, vae: CosmosVideoTokenizer, spec: ActionSpec | None):
         self.config, self.texts, self.spec = config, texts, spec
+        self._read = spec and without_range(spec)  # `find_action_spec` has looked at the range
         self.spatial, self.temporal = vae.config.spatial_compression, vae.config.temporal_compression
 
     @property
     def action_dim(self) -> int | None:
         if self.spec is None:
             return None
+        if self.config.action_form == "as_written":
+            return self.spec.num_inputs
         return self.spec.num_inputs * (
             self.temporal if self.spec.kind != "trajectory" else self.config.trajectory_points
         )
@@ -196,9 +176,11 @@ class ConditionBatches:
             count = self.config.trajectory_points
             with errors_of(sample):
                 points = trajectory_points(reference_poses(sample["camera"]), sample["fps"], count, self.spec.rate)
-                return trajectory_vector(self.spec, points, count)
+                return trajectory_vector(self._read, points, count)
         with errors_of(sample):
-            actions = group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
+            if self.config.action_form == "as_written":
+                return self._read.inputs(sample["actions"][:1], sample["fps"])
+            actions = group_actions(self._read.inputs(sample["actions"], sample["fps"]), self.temporal)
         return actions.repeat(len(texts_of(sample)), 1)  # every view is of the same car or robot
 
     def _rays(self, sample: dict, size: tuple[int, ...]) -> torch.Tensor:
@@ -237,7 +219,7 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
     """The conditions as fields of the transformer's config."""
     changes = {"camera_channels": CAMERA_CHANNELS} if "camera" in config.conditions else {}
     if action_dim is not None:
-        changes |= {"action_dim": action_dim, "action_form": "intended"}
+        changes |= {"action_dim": action_dim, "action_form": config.action_form}
     if "views" in config.conditions:
         changes |= {"num_views": len(config.views), "view_embed_dim": VIEW_EMBED_DIM}
     return changes

@@ -18,6 +18,7 @@ from ..models.ar_conditions import ADDABLE, added_parts, added_weights, extend_c
 from ..models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from ..models.ar_loss import IGNORED
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from .action_specs import without_range
 from .adaptation import (
     AdapterSettings,
     add_lora,
@@ -116,6 +117,7 @@ class ConditionTokens(TokenBatches):
     ):
         super().__init__(config, model_config, texts)
         self.spec = spec
+        self._read = spec and without_range(spec)  # `find_action_spec` has looked at the range
         self.spatial, self.temporal = vae.config.spatial_compression, vae.config.temporal_compression
 
     def collate(self, samples: list[dict]) -> dict:
@@ -129,7 +131,7 @@ class ConditionTokens(TokenBatches):
 
     def _actions(self, sample: dict) -> torch.Tensor:
         with errors_of(sample):
-            return group_actions(self.spec.inputs(sample["actions"], sample["fps"]), self.temporal)
+            return group_actions(self._read.inputs(sample["actions"], sample["fps"]), self.temporal)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
