@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_generation import nucleus
@@ -114,6 +115,23 @@ def test_saved_and_loaded_with_the_model(tmp_path):
     again = CosmosARForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert sum(name.startswith("medusa_heads") for name in again.state_dict()) == 6
+
+
+@pytest.mark.parametrize("draft", ["heads", "previous_frame"])
+def test_an_offloaded_model_is_woken(draft):
+    """enable_model_cpu_offload brings a model to its device when it is called; here its parts are."""
+
+    class Counter(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, counter = build(), Counter()
+    add_hook_to_module(model, counter)
+    speculative_generate(model, torch.randint(0, 30, (2, 7)), draft=draft)
+    assert counter.calls == 1
 
 
 def test_requests_are_checked():

@@ -17,6 +17,7 @@ from torch import nn
 from .ar_cache import ReservedCache
 from .ar_generation import nucleus
 from .ar_layers import self_attention_cache, with_context_cache
+from .offloading import wake
 
 ACCEPTANCES = ("exact", "typical")
 DRAFTS = ("heads", "previous_frame")
@@ -131,12 +132,13 @@ def speculative_generate(
     model._check_request(input_ids, request)
     count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
     rule = _Rule(acceptance, temperature, top_p, epsilon, delta)
+    wake(model)  # what is called below are its parts
     packed = model._packed_decoder(len(input_ids) * count)
     rows, passes = [], 0
     for i in range(len(input_ids)):
         own = {n: v[i : i + 1] if isinstance(v, torch.Tensor) else v for n, v in request.items()}
         source = generator[i] if isinstance(generator, (list, tuple)) else generator
-        decoder = _Decoder(model, packed, guess_tree(widths), draft, rule, source, own)
+        decoder = _Decoder(model, packed, guess_tree(widths), draft, rule, source, own, input_ids.device)
         rows.append(decoder.run(input_ids[i : i + 1], count, streamer))
         passes += decoder.passes
     return SpeculativeOutput(torch.cat(rows), passes)
@@ -210,13 +212,13 @@ def _exponential(like: torch.Tensor, generator) -> torch.Tensor:
 class _Decoder:
     """One sequence: a cache, and the loop of guessing, checking and keeping."""
 
-    def __init__(self, model, packed, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
+    def __init__(self, model, packed, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict, device):
         self.model, self.packed, self.tree, self.draft, self.rule = model, packed, tree, draft, rule
         self.generator, self.inputs, self.passes = generator, inputs, 0
         capacity = model.config.num_positions(inputs.get("latent_shape")) + len(tree.parents)
         self.cache = with_context_cache(ReservedCache(model.config, capacity), model.config)
-        self.seen = tree.ancestors().to(model.device)
-        self.depths = torch.tensor(tree.depths, device=model.device)
+        self.seen = tree.ancestors().to(device)
+        self.depths = torch.tensor(tree.depths, device=device)
         self.children = [
             [i for i, p in enumerate(tree.parents) if i and p == node] for node in range(len(tree.parents))
         ]
