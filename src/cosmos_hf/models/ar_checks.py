@@ -52,6 +52,16 @@ def check_cache(cache: Cache | None, needed: int):
         )
 
 
+def check_generators(generator, count: int, what: str):
+    """None, one torch generator, or a list or tuple of `count`, one for each of `what`."""
+    several = isinstance(generator, (list, tuple))
+    for one in generator if several else [generator] if generator is not None else []:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of such, got {type(one).__name__}")
+    if several and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} {what}: give one each, or a single one")
+
+
 def check_context(config, batch: int, cache: Cache | None, states, mask):
     """Text embeddings where, and only where, the model attends to them."""
     if config.cross_attention_dim is None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .ar_cache import ReservedCache
+from .ar_checks import check_generators
 from .ar_generation import nucleus
 from .ar_layers import self_attention_cache, with_context_cache
 from .offloading import wake
@@ -106,7 +107,7 @@ def speculative_generate(
     Args:
         model: `CosmosARForCausalLM`.
         input_ids: [B, S]; items are generated one after the other, since each accepts another number of guesses.
-        max_new_tokens: default: the rest of the video.
+        max_new_tokens: default: as the model's `generation_config` has it, or else the rest of the video.
         draft: "heads" (`medusa_num_heads` > 0 is needed), or "previous_frame": the codes one latent frame before.
         widths: guesses per head, for the first so many heads, by default one of each; for "previous_frame" a 1 for every
             code that is guessed at a time, by default 4: on a processor, each node of a pass costs a further 5 to 10 %.
@@ -115,7 +116,7 @@ def speculative_generate(
         temperature, top_p: 0 takes the most probable code; above, codes are drawn.
         generator: a torch generator, or one per item.
         latent_shape, encoder_hidden_states, encoder_attention_mask, actions: as in `CosmosARForCausalLM.forward`.
-        streamer: as in `generate`; it is given every item's prompt, then its codes.
+        streamer: as in `generate`; it is given every item's prompt [1, S], then its codes [1], as they are accepted.
     """
     config = model.config
     _check_choices(config, draft, acceptance, temperature, top_p)
@@ -124,13 +125,12 @@ def speculative_generate(
         raise ValueError(f"widths names {len(widths)} heads, the model has {config.medusa_num_heads}")
     if draft == "previous_frame" and set(widths) != {1}:
         raise ValueError(f"the previous frame gives one guess per code, got widths={widths}")
-    if isinstance(generator, (list, tuple)) and len(generator) != len(input_ids):
-        raise ValueError(f"{len(generator)} generators for {len(input_ids)} sequences: give one each, or a single one")
+    check_generators(generator, len(input_ids), "sequences")
     request = {"latent_shape": latent_shape, "encoder_hidden_states": encoder_hidden_states}
     request |= {"encoder_attention_mask": encoder_attention_mask, "max_new_tokens": max_new_tokens, "actions": actions}
     request = {name: value for name, value in request.items() if value is not None}
-    model._check_request(input_ids, request)
-    count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
+    count = model._check_request(input_ids, request)
+    request.pop("max_new_tokens", None)
     rule = _Rule(acceptance, temperature, top_p, epsilon, delta)
     wake(model)  # what is called below are its parts
     packed = model._packed_decoder(len(input_ids) * count)
@@ -224,25 +224,29 @@ class _Decoder:
         ]
 
     def run(self, prompt: torch.Tensor, count: int, streamer) -> torch.Tensor:
+        def tell(tokens: torch.Tensor):
+            for code in [] if streamer is None else tokens.cpu().T:
+                streamer.put(code)
+
         if streamer is not None:
             streamer.put(prompt.cpu())
         end = prompt.shape[1] + count
         states = self._forward(prompt)[:, -1:]
         _, code = self.rule.follow(self._scores(states)[0, 0], [], self.generator)
         sequence = torch.cat([prompt, prompt.new_tensor([[code]])], dim=1)
+        tell(sequence[:, -1:])
         while sequence.shape[1] < end:
             past = sequence.shape[1] - 1
             # Guesses that would stand behind the last code asked for are not made.
             nodes = int((self.depths < end - past).sum())
             guesses = self._guess(states, sequence, nodes)
             states, accepted, code = self._check(guesses, past)
-            new = torch.cat([accepted, accepted.new_tensor([[code]])], dim=1)
+            new = torch.cat([accepted, accepted.new_tensor([[code]])], dim=1)[:, : end - past - 1]
             sequence = torch.cat([sequence, new], dim=1)
+            tell(new)
         if streamer is not None:
-            for code in sequence[0, prompt.shape[1] : end].cpu():
-                streamer.put(code[None])
             streamer.end()
-        return sequence[:, :end]
+        return sequence
 
     def _forward(self, tokens: torch.Tensor, past: int = 0, positions=None, mask=None) -> torch.Tensor:
         """Tokens [1, S] behind `past` others, mask: bool [S, past + S] -> hidden states [1, S, D]."""
