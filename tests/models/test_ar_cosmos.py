@@ -156,6 +156,15 @@ def test_lora_and_bfloat16(with_text):
     assert out.dtype == torch.bfloat16 and (out.float() - with_text(prompt(), **text).logits).abs().max() < 0.5
 
 
+def test_text_of_another_dtype(with_text):
+    """As actions, it is taken in the model's own: what a T5 in float32 gives goes to a model in bfloat16."""
+    model, text = build(**TEXT).bfloat16(), context()
+    logits = model(prompt(), encoder_hidden_states=text).logits
+    assert torch.equal(logits, model(prompt(), encoder_hidden_states=text.bfloat16()).logits)
+    rounded = with_text(prompt(), encoder_hidden_states=text.bfloat16()).logits
+    assert torch.equal(rounded, with_text(prompt(), encoder_hidden_states=text.bfloat16().float()).logits)
+
+
 def test_presets_have_the_published_sizes():
     for name, billions in (
         ("4b", 4.014),
@@ -201,6 +210,8 @@ def test_generation_in_all_its_ways_gives_the_same(with_text):
     one = dict(encoder_hidden_states=context(1))
     assisted = with_text.generate(prompt(1) % 20, prompt_lookup_num_tokens=4, **one)
     assert torch.equal(assisted, with_text.generate(prompt(1) % 20, **one))
+    early = with_text.generate(prompt(1) % 20, assistant_early_exit=1, **one)
+    assert torch.equal(early, assisted) and torch.equal(with_text.generate(prompt(1) % 20, **one), assisted)
     beams = with_text.generate(prompt(), num_beams=2, max_new_tokens=6, **text)
     assert beams.shape == (2, 14)
 
@@ -398,6 +409,9 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
         )
+    refused(r"codebook, 0..99, got \[164\]", plain, high[:1, :1])
+    refused(r"must be integers \[B, S\], got torch.int64 \(2, 1, 4, 2\)", plain, tokens.view(2, 1, 4, 2))
+    refused(r"must be integers \[B, S\], got torch.int64 \(8,\)", plain, tokens[0])
     refused("position_ids go up to 49", plain, tokens, position_ids=torch.arange(42, 50)[None])
     refused("exactly one of input_ids and inputs_embeds", plain)
     refused("the video asked for has 49 tokens", plain.generate, tokens, max_new_tokens=41)
@@ -446,6 +460,7 @@ def test_more_tokens_than_the_cache_or_the_grid_while_decoding(plain):
 
 def test_configs_are_checked():
     refused("multiple of num_key_value_heads", CosmosARConfig, num_attention_heads=6, num_key_value_heads=4)
+    refused("tie_word_embeddings=True: input and output", CosmosARConfig, tie_word_embeddings=True)
     refused("absolute_positions must be", CosmosARConfig, absolute_positions="first")
     refused("three positive sizes", CosmosARConfig, latent_shape=(5, 0, 3))
     refused("yarn_original_shape must be three", CosmosARConfig, yarn_scale=2.0)

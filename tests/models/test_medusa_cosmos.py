@@ -171,6 +171,15 @@ def test_an_offloaded_model_is_woken(draft):
     assert counter.calls == 1
 
 
+def test_attention_that_takes_no_mask_of_a_tree_is_refused(monkeypatch):
+    model = build()
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("it computed"))
+    for backend in ("flex_attention", "flash_attention_2"):
+        model.config._attn_implementation = backend
+        with pytest.raises(ValueError, match=rf'{backend} does not take: .*set_attn_implementation\("sdpa"\)'):
+            speculative_generate(model, torch.zeros(1, 4, dtype=torch.long))
+
+
 def test_requests_are_checked():
     prompt = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no Medusa heads"):

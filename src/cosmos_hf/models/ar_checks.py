@@ -129,7 +129,8 @@ def check_call(
         return
     check_context(config, batch, cache, states, context_mask)
     check_actions(config, latent_shape, batch, cache, actions)
-    if length > 1 and input_ids is not None:
+    # One code behind a cache comes from the model itself and is not looked at: that would cost a synchronisation each time.
+    if input_ids is not None and (length > 1 or (isinstance(past, int) and past == 0)):
         check_tokens(config, input_ids)
     if not isinstance(past, int):
         return

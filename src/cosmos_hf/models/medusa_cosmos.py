@@ -3,7 +3,9 @@
 Guesses come from Medusa heads (arXiv 2401.10774) or from the previous latent frame, for much of a video stays as it was. Head i
 guesses the code i + 2 places ahead from the hidden state that the next code is predicted from; all heads share the output layer.
 Guesses form a tree that one forward pass checks: what the network itself says at every node decides how deep a branch may be
-followed. With "exact" acceptance greedy results are those of `generate`, code for code, and samples have its distribution.
+followed. With "exact" acceptance samples have the distribution of `generate`, and in float32 greedy results are its own, code for
+code. In bfloat16 and float16 a pass over several codes rounds otherwise than one over a single code, so that where two codes are
+nearly as probable the other one may be taken, and the video differs from there on; transformers' assisted decoding does so, too.
 
 In the paper's best recipe the heads, the last two layers and the output layer are trained (`training/train_medusa.py`).
 """
@@ -152,6 +154,11 @@ def _check_choices(config, draft: str, acceptance: str, temperature: float, top_
         raise ValueError(
             "this model has no Medusa heads (medusa_num_heads=0): train them with training/train_medusa.py, or use "
             "draft='previous_frame'"
+        )
+    if config._attn_implementation not in ("eager", "sdpa", None):
+        raise ValueError(
+            f"guesses are checked with a mask that {config._attn_implementation} does not take: call "
+            f'model.set_attn_implementation("sdpa") first (or "eager")'
         )
     if temperature < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature must be >= 0 and top_p in [0, 1], got {temperature} and {top_p}")

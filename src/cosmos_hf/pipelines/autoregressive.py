@@ -186,7 +186,8 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             generator: a torch generator, or a list of one per video: then a seed gives the same video alone or in a batch.
             prompt_embeds: text embeddings [B, N, D] instead of prompts.
             draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
-                (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
+                (`models.medusa_cosmos`): draws keep their distribution, and in float32 the most probable codes stay the same (in
+                bfloat16 and float16 rounding may decide otherwise between codes that are nearly as probable).
             actions: what leads from frame to frame of the whole result, [num_frames - 1, A] in the units of the `action_spec`,
                 one for all videos or one per video, for a model that takes actions. A window is given its own ones.
             use_diffusion_decoder: whether the diffusion decoder makes the video, or the tokenizer; None: if there is one.
