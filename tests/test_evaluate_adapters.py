@@ -15,14 +15,9 @@ from cosmos_hf.data.video import write_video
 from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
+from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.diffusion import Texts, build_datasets
-from cosmos_hf.training.posttrain import (
-    ConditionBatches,
-    PosttrainConfig,
-    build_model,
-    export_adapter,
-    find_action_spec,
-)
+from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model, export_adapter
 from feature_files import write_feature_files
 from tiny_pipelines import SETTINGS, components
 

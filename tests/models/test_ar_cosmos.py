@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicCache
+from transformers.generation.logits_process import TopKLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
@@ -154,6 +156,15 @@ def test_lora_and_bfloat16(with_text):
     assert out.dtype == torch.bfloat16 and (out.float() - with_text(prompt(), **text).logits).abs().max() < 0.5
 
 
+def test_text_of_another_dtype(with_text):
+    """As actions, it is taken in the model's own: what a T5 in float32 gives goes to a model in bfloat16."""
+    model, text = build(**TEXT).bfloat16(), context()
+    logits = model(prompt(), encoder_hidden_states=text).logits
+    assert torch.equal(logits, model(prompt(), encoder_hidden_states=text.bfloat16()).logits)
+    rounded = with_text(prompt(), encoder_hidden_states=text.bfloat16()).logits
+    assert torch.equal(rounded, with_text(prompt(), encoder_hidden_states=text.bfloat16().float()).logits)
+
+
 def test_presets_have_the_published_sizes():
     for name, billions in (
         ("4b", 4.014),
@@ -199,6 +210,8 @@ def test_generation_in_all_its_ways_gives_the_same(with_text):
     one = dict(encoder_hidden_states=context(1))
     assisted = with_text.generate(prompt(1) % 20, prompt_lookup_num_tokens=4, **one)
     assert torch.equal(assisted, with_text.generate(prompt(1) % 20, **one))
+    early = with_text.generate(prompt(1) % 20, assistant_early_exit=1, **one)
+    assert torch.equal(early, assisted) and torch.equal(with_text.generate(prompt(1) % 20, **one), assisted)
     beams = with_text.generate(prompt(), num_beams=2, max_new_tokens=6, **text)
     assert beams.shape == (2, 14)
 
@@ -269,6 +282,42 @@ def test_sampling(plain):
     a = plain.generate(prompt(), do_sample=True, max_new_tokens=12)
     torch.manual_seed(0)
     assert torch.equal(plain.generate(prompt(), do_sample=True, max_new_tokens=12), a)
+
+
+def test_top_k_is_off_unless_it_is_set(monkeypatch):
+    model, seen = build(), []
+    monkeypatch.setattr(TopKLogitsWarper, "__call__", lambda self, _, scores: seen.append(self.top_k) or scores)
+
+    def used(own, **arguments):
+        model.generation_config = GenerationConfig(**own)
+        seen.clear()
+        model.generate(prompt(), max_length=9, **arguments)
+        return seen
+
+    sampled = GenerationConfig(do_sample=True)
+    assert used({}, do_sample=True) == used({}, generation_config=sampled) == used(dict(do_sample=True)) == []
+    assert sampled.top_k is None  # what is passed in stays as it is
+    assert used(dict(top_k=7), do_sample=True) == used(dict(top_k=7), generation_config=sampled) == [7]
+    assert used({}, generation_config=GenerationConfig(do_sample=True, top_k=6)) == [6]
+    assert used(dict(top_k=7), do_sample=True, top_k=5) == [5] and used(dict(top_k=7), do_sample=True, top_k=0) == []
+
+
+def test_the_length_of_the_generation_config(plain):
+    model = build()
+    for name, value, new in (("max_new_tokens", 5, 5), ("max_length", 20, 12)):
+        expected = plain.generate(prompt(), max_new_tokens=new)
+        config = GenerationConfig(**{name: value})
+        assert torch.equal(plain.generate(prompt(), generation_config=config), expected)
+        model.generation_config = config
+        assert torch.equal(model.generate(prompt()), expected)
+        assert torch.equal(model.generate(prompt(), generation_config=GenerationConfig()), expected)
+
+
+def test_padding_is_no_part_of_the_video(plain):
+    tokens, mask = prompt(), torch.ones_like(prompt())
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], 1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), mask], 1)
+    assert torch.equal(plain.generate(padded, attention_mask=mask)[:, 3:], plain.generate(tokens))
 
 
 def test_draws_of_the_reference():
@@ -360,18 +409,40 @@ def test_calls_are_checked_before_anything_is_computed(plain, with_text, monkeyp
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
         )
+    refused(r"codebook, 0..99, got \[164\]", plain, high[:1, :1])
+    refused(r"must be integers \[B, S\], got torch.int64 \(2, 1, 4, 2\)", plain, tokens.view(2, 1, 4, 2))
+    refused(r"must be integers \[B, S\], got torch.int64 \(8,\)", plain, tokens[0])
     refused("position_ids go up to 49", plain, tokens, position_ids=torch.arange(42, 50)[None])
     refused("exactly one of input_ids and inputs_embeds", plain)
     refused("the video asked for has 49 tokens", plain.generate, tokens, max_new_tokens=41)
+    refused("ask for -2 codes behind a prompt of 8", plain.generate, tokens, max_length=6)
     refused("a whole video already", plain.generate, prompt(length=48))
     refused("no <bov>", plain.generate)
+    padded = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+    refused(r"5 to 8 tokens, so .* max_new_tokens \(at most 40\)", plain.generate, tokens, attention_mask=padded)
     refused("zeros on the left", plain.generate, tokens, attention_mask=torch.tensor([[1] * 8, [1] * 7 + [0]]))
-    refused("generator or custom_generate", plain.generate, tokens, generator=torch.Generator(), custom_generate="x")
+    refused(
+        "generator would be ignored with custom_generate",
+        plain.generate,
+        tokens,
+        generator=torch.Generator(),
+        custom_generate="x",
+    )
 
 
-def test_generators_that_would_be_ignored(plain):
-    refused("2 generators for 1 sequences", plain.generate, prompt(1), do_sample=True, max_new_tokens=2,
-            generator=[torch.Generator(), torch.Generator()])  # fmt: skip
+def test_generators_that_would_be_ignored(plain, monkeypatch):
+    one, config = torch.Generator(), GenerationConfig(num_beams=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("it computed"))
+        for do_sample in (False, True):
+            call = partial(plain.generate, prompt(1), do_sample=do_sample, max_new_tokens=2)
+            refused("2 generators for 1 sequences", call, generator=[one, one])
+            refused("must be a torch.Generator or a list of such, got int", call, generator=(1,))
+            refused("must be a torch.Generator or a list of such, got int", call, generator=1)
+            refused("ignored with num_beams", call, generator=one, num_beams=3)
+            refused("ignored with prompt_lookup_num_tokens", call, generator=one, prompt_lookup_num_tokens=3)
+            refused("ignored with assistant_model", call, generator=one, assistant_model=plain)
+        refused("ignored with num_beams", plain.generate, prompt(), generator=one, generation_config=config)
     refused(
         "generator works with", plain.generate, prompt(), do_sample=True, generator=torch.Generator(), use_cache=False
     )
@@ -389,6 +460,7 @@ def test_more_tokens_than_the_cache_or_the_grid_while_decoding(plain):
 
 def test_configs_are_checked():
     refused("multiple of num_key_value_heads", CosmosARConfig, num_attention_heads=6, num_key_value_heads=4)
+    refused("tie_word_embeddings=True: input and output", CosmosARConfig, tie_word_embeddings=True)
     refused("absolute_positions must be", CosmosARConfig, absolute_positions="first")
     refused("three positive sizes", CosmosARConfig, latent_shape=(5, 0, 3))
     refused("yarn_original_shape must be three", CosmosARConfig, yarn_scale=2.0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from transformers.generation.streamers import BaseStreamer
 
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_generation import nucleus
@@ -116,6 +118,68 @@ def test_saved_and_loaded_with_the_model(tmp_path):
     assert sum(name.startswith("medusa_heads") for name in again.state_dict()) == 6
 
 
+class Told(BaseStreamer):
+    """What a streamer is given, and after how many forward passes."""
+
+    def __init__(self, model):
+        self.tokens, self.passes, self.ends, self._count = [], [], 0, 0
+        model.model.register_forward_hook(self._pass)
+
+    def _pass(self, *_):
+        self._count += 1
+
+    def put(self, value):
+        self.tokens.append(value)
+        self.passes.append(self._count)
+
+    def end(self):
+        self.ends += 1
+
+
+def test_codes_are_told_as_they_are_accepted():
+    model, prompt = build(), torch.randint(0, 30, (2, 7))
+    told = Told(model)
+    out = speculative_generate(model, prompt, widths=(30, 1, 30), max_new_tokens=9, streamer=told)
+    assert told.tokens[0].shape == (1, 7) and told.ends == 2
+    assert torch.equal(torch.cat([value.flatten() for value in told.tokens]), out.sequences.flatten())
+    assert told.passes[0] == 0 and told.passes[1] == 1 and len(set(told.passes)) == out.forward_passes + 1
+
+
+@pytest.mark.parametrize(("name", "value", "new"), [("max_length", 20, 13), ("max_new_tokens", 5, 5)])
+def test_the_length_of_the_generation_config(name, value, new):
+    model, prompt = build(), torch.randint(0, 30, (2, 7))
+    setattr(model.generation_config, name, value)
+    out = speculative_generate(model, prompt)
+    assert out.sequences.shape == (2, 7 + new) and torch.equal(out.sequences, model.generate(prompt))
+    assert speculative_generate(model, prompt, max_new_tokens=3).sequences.shape == (2, 10)
+
+
+@pytest.mark.parametrize("draft", ["heads", "previous_frame"])
+def test_an_offloaded_model_is_woken(draft):
+    """enable_model_cpu_offload brings a model to its device when it is called; here its parts are."""
+
+    class Counter(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, counter = build(), Counter()
+    add_hook_to_module(model, counter)
+    speculative_generate(model, torch.randint(0, 30, (2, 7)), draft=draft)
+    assert counter.calls == 1
+
+
+def test_attention_that_takes_no_mask_of_a_tree_is_refused(monkeypatch):
+    model = build()
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("it computed"))
+    for backend in ("flex_attention", "flash_attention_2"):
+        model.config._attn_implementation = backend
+        with pytest.raises(ValueError, match=rf'{backend} does not take: .*set_attn_implementation\("sdpa"\)'):
+            speculative_generate(model, torch.zeros(1, 4, dtype=torch.long))
+
+
 def test_requests_are_checked():
     prompt = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no Medusa heads"):
@@ -127,6 +191,8 @@ def test_requests_are_checked():
         (dict(draft="previous_frame", widths=(2, 1)), "one guess per code"),
         (dict(top_p=2.0), r"top_p in \[0, 1\]"),
         (dict(generator=[torch.Generator()] * 2), "2 generators for 1 sequences"),
+        (dict(generator=[7]), "must be a torch.Generator or a list of such, got int"),
+        (dict(max_new_tokens=0), "ask for 0 codes"),
         (dict(widths=(1, 1, 1, 1)), "names 4 heads, the model has 3"),
         (dict(max_new_tokens=45), "the video asked for has 49 tokens"),
         (dict(encoder_hidden_states=torch.zeros(1, 2, 3)), "encoder_hidden_states would be ignored"),

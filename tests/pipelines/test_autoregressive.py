@@ -127,6 +127,21 @@ def test_progress_bar_counts_codes(plain, capsys):
     assert "16/16" in capsys.readouterr().err
 
 
+def test_progress_bar_counts_guessed_codes_of_every_video(plain, capsys):
+    plain.set_progress_bar_config(disable=False)
+    run(plain, video=clip(5), num_videos_per_prompt=2, draft="previous_frame", generator=None)
+    plain.set_progress_bar_config(disable=True)
+    assert "32/32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 5), ("max_length", 20), ("top_k", 1)])
+@pytest.mark.parametrize("draft", [None, "previous_frame"])
+def test_a_call_decides_and_not_the_generation_config(plain, monkeypatch, name, value, draft):
+    expected = run(plain, video=clip(5), draft=draft)
+    monkeypatch.setattr(plain.transformer.generation_config, name, value)
+    assert torch.equal(run(plain, video=clip(5), draft=draft), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,7 +156,7 @@ def test_progress_bar_counts_codes(plain, capsys):
         (dict(video=clip(5), draft="x"), "draft must be None or one of"),
         (dict(video=clip(5), temperature=-1.0), "temperature must be >= 0"),
         (dict(video=clip(5), overlap_latent_frames=3), "less than the window of 3, got 3"),
-        (dict(video=clip(5), generator=seeds(1, 2)), "2 generators for 1 sequences"),
+        (dict(video=clip(5), generator=seeds(1, 2)), "2 generators for 1 videos"),
         (dict(video=clip(5), prompt="x", prompt_embeds=torch.zeros(1, 4, 32)), "not both"),
         (dict(video=clip(5), prompt_embeds=torch.zeros(1, 4, 9)), r"must be \[batch, tokens, 32\]"),
     ],

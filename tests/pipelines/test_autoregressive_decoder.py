@@ -75,6 +75,10 @@ def test_a_seed_gives_the_same_video_alone_or_in_a_batch(pipe):
         torch.testing.assert_close(batch[i], run(pipe, generator=seed(1 + i))[0], atol=1e-4, rtol=1e-3)
 
 
+def test_generators_in_a_tuple(pipe):
+    assert torch.equal(run(pipe, generator=(seed(),)), run(pipe, generator=[seed()]))
+
+
 def test_the_decoder_is_told_the_prompt_or_gets_its_own_text():
     text = dict(cross_attention_dim=32)
     own = decoder(stored_prompt=CosmosStoredPrompt.of(torch.ones(4, 32)))

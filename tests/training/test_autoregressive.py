@@ -285,6 +285,7 @@ def test_settings_that_contradict_are_refused(settings, tmp_path):
     for changes, message in (
         (dict(family="diffusion"), "family must be autoregressive"),
         (dict(add_cross_attention=True), "give init_from"),
+        (dict(add_cross_attention=True, init_from="x"), "give train_text_encoder: true or text_encoder"),
         (dict(yarn_scale=2.0), "give init_from"),
         (dict(init_from="x", freeze_base=True), "freeze_base belongs to the text stage"),
         (dict(train_text_encoder=True, text_encoder="x"), "give either"),

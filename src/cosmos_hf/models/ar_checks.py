@@ -52,6 +52,16 @@ def check_cache(cache: Cache | None, needed: int):
         )
 
 
+def check_generators(generator, count: int, what: str):
+    """None, one torch generator, or a list or tuple of `count`, one for each of `what`."""
+    several = isinstance(generator, (list, tuple))
+    for one in generator if several else [generator] if generator is not None else []:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of such, got {type(one).__name__}")
+    if several and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} {what}: give one each, or a single one")
+
+
 def check_context(config, batch: int, cache: Cache | None, states, mask):
     """Text embeddings where, and only where, the model attends to them."""
     if config.cross_attention_dim is None:
@@ -119,7 +129,8 @@ def check_call(
         return
     check_context(config, batch, cache, states, context_mask)
     check_actions(config, latent_shape, batch, cache, actions)
-    if length > 1 and input_ids is not None:
+    # One code behind a cache comes from the model itself and is not looked at: that would cost a synchronisation each time.
+    if input_ids is not None and (length > 1 or (isinstance(past, int) and past == 0)):
         check_tokens(config, input_ids)
     if not isinstance(past, int):
         return

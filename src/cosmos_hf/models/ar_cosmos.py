@@ -138,6 +138,10 @@ class CosmosARConfig(PreTrainedConfig):
             )
         if self.absolute_positions not in (None, "every_layer", "once"):
             raise ValueError(f"absolute_positions must be None, every_layer or once, got {self.absolute_positions!r}")
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings=True: input and output of this model have weights of their own, leave it out"
+            )
         if not self.codebook_size <= self.vocab_size <= self.embedding_size:
             raise ValueError(
                 f"codebook_size <= vocab_size <= embedding_size is needed, "
@@ -250,6 +254,8 @@ class CosmosARModel(CosmosARPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         past_key_values = with_context_cache(past_key_values, config)
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be integers [B, S], got {input_ids.dtype} {tuple(input_ids.shape)}")
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         device = (inputs_embeds if input_ids is None else input_ids).device
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -261,6 +267,8 @@ class CosmosARModel(CosmosARPreTrainedModel):
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.to(inputs_embeds.dtype)
         packed = position_ids is not None and past_key_values is None
         if position_ids is None:
             position_ids = default_positions(attention_mask, past, length, device)
@@ -297,7 +305,7 @@ class CosmosARModel(CosmosARPreTrainedModel):
             acted["action_mask"] = action_mask(config, position_ids, shape, inputs_embeds.dtype)
             acted["actions"] = None if actions is None else self.action_embed(actions)
         hidden_states = inputs_embeds
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[: config.num_hidden_layers]):  # fewer in transformers' early exit
             hidden_states = layer(
                 hidden_states,
                 rotation,

@@ -88,7 +88,9 @@ class PackedDecoder:
     @torch.no_grad()
     def __init__(self, model):
         self.config, self.model = model.config, model
-        self.layers = [_PackedLayer(layer, self.config) for layer in model.model.layers]
+        self.layers = [
+            _PackedLayer(layer, self.config) for layer in model.model.layers[: self.config.num_hidden_layers]
+        ]
         self.last_norm = model.model.norm.weight * self.config.hidden_size**0.5
         self.head = pack([model.lm_head.weight])
         self.guessers = None

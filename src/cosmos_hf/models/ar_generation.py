@@ -1,5 +1,6 @@
 """Generation of video codes: transformers' `generate`, with checks before it, seeds per item, and a lean loop inside."""
 
+import copy
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from .ar_checks import (
     check_actions,
     check_cache,
     check_context,
+    check_generators,
     check_latent_shape,
     check_length,
     check_mask,
@@ -23,6 +25,11 @@ from .ar_layers import with_context_cache
 
 # Top-p first looks at so many of the most probable codes: a whole sort of 64 000 takes as long as the network of a small model.
 SHORTLIST = 1024
+# Ways of decoding that transformers' `generate` knows beside the own loop, which alone draws from generators.
+OTHER_WAYS = (
+    "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha", "dola_layers",
+    "constraints", "force_words_ids", "custom_generate",
+)  # fmt: skip
 
 
 class CodesOnly(LogitsProcessor):
@@ -57,27 +64,36 @@ class CosmosARGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, generator=None, **kwargs):
         """Continue videos. transformers' `generate`, and:
 
-        - top_k is off unless given: transformers' default of 50 cuts off most of what 64 000 codes may say;
-        - without a length the rest of the video is generated, as `latent_shape` (an argument, or the config's) has it;
+        - top_k is off unless an argument, the `generation_config` given or the model's own sets it: transformers' default of
+          50 cuts off most of what 64 000 codes may say;
+        - without a length the rest of the video is generated, as `latent_shape` (an argument, or the config's) has it; prompts
+          of different length in one batch need one, for their videos do not end together;
         - without a prompt, a model with `<bov>` starts from it, once per text;
-        - `generator`: a torch generator, or one per sequence: then a seed gives the same video alone or in a batch;
+        - `generator`: a torch generator, or one per sequence: then a seed gives the same video alone or in a batch. For greedy
+          decoding and sampling of prompts without padding; beams and assisted decoding draw from torch's global one;
         - prompt, context, masks, cache and length are checked before anything is computed (ValueError).
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is None and kwargs.get("inputs_embeds") is None:
             prompt = inputs = self._empty_prompt(kwargs)
         if prompt is not None:
-            self._check_request(prompt, kwargs)
+            count = self._check_request(prompt, kwargs)
+            if not self._has_length(kwargs):
+                _set(kwargs, "max_new_tokens", count)
         if self.config.codebook_size < self.config.vocab_size:
             kwargs["logits_processor"] = LogitsProcessorList(
                 [*(kwargs.get("logits_processor") or []), CodesOnly(self.config.codebook_size)]
             )
-        if kwargs.get("do_sample") and kwargs.get("generation_config") is None:
-            kwargs.setdefault("top_k", 0)
+        if self._setting(kwargs, "do_sample") and self._setting(kwargs, "top_k") is None:
+            _set(kwargs, "top_k", 0)
         if generator is not None:
-            if kwargs.get("custom_generate") is not None:
+            batch = len(kwargs["inputs_embeds"] if prompt is None else prompt)
+            check_generators(generator, batch * (self._setting(kwargs, "num_return_sequences") or 1), "sequences")
+            beams = ["num_beams"] if (self._setting(kwargs, "num_beams") or 1) > 1 else []
+            if other := beams + [name for name in OTHER_WAYS if self._setting(kwargs, name)]:
                 raise ValueError(
-                    "give generator or custom_generate, not both: only the own loop draws from generators"
+                    f"generator would be ignored with {', '.join(other)}: leave one of them out, or seed torch's global "
+                    f"generator instead"
                 )
             # transformers hands a loop that it is given nothing but the loop's own arguments.
             loop = partial(type(self)._sample, generator=generator, streamer=kwargs.get("streamer"))
@@ -92,8 +108,18 @@ class CosmosARGenerationMixin(GenerationMixin):
         batch = 1 if context is None else len(context)
         return torch.full((batch, 1), bov, dtype=torch.long, device=self.device)
 
-    def _check_request(self, prompt: torch.Tensor, kwargs: dict):
-        """Refuse what cannot be generated, and set the length where none is given."""
+    def _setting(self, kwargs: dict, name: str):
+        """What holds for a call of `generate`, where it is set: an argument, the config given, or the model's own."""
+        if name in kwargs:
+            return kwargs[name]
+        value = getattr(kwargs.get("generation_config"), name, None)
+        return getattr(self.generation_config, name, None) if value is None else value
+
+    def _has_length(self, kwargs: dict) -> bool:
+        return any(self._setting(kwargs, name) is not None for name in ("max_new_tokens", "max_length"))
+
+    def _check_request(self, prompt: torch.Tensor, kwargs: dict) -> int:
+        """Refuse what cannot be generated -> how many codes are to be, by the arguments or else to the video's end."""
         shape = kwargs.get("latent_shape")
         shape = check_latent_shape(self.config.latent_shape if shape is None else shape)
         check_tokens(self.config, prompt)
@@ -103,22 +129,34 @@ class CosmosARGenerationMixin(GenerationMixin):
         context, context_mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         check_context(self.config, batch, cache, context, context_mask)
         check_actions(self.config, shape, batch, cache, kwargs.get("actions"))
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2:
-            check_mask(mask, batch, length)
-            if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
-                raise ValueError("attention_mask must have its zeros on the left: pad shorter prompts in front")
-        given = kwargs.get("generation_config") or self.generation_config
-        new = kwargs.get("max_new_tokens", given.max_new_tokens)
-        total = kwargs.get("max_length", given.max_length if new is None else None)
+        real = self._real_lengths(kwargs.get("attention_mask"), batch, length)
+        left = self.config.num_positions(shape) - max(real)
+        new, total = self._setting(kwargs, "max_new_tokens"), self._setting(kwargs, "max_length")
         if new is None and total is None:
-            kwargs["max_new_tokens"] = new = self.config.num_positions(shape) - length
-            if new == 0:
+            if left == 0:
                 raise ValueError("the prompt is a whole video already: nothing is left to generate")
-        total = length + new if new is not None else total
-        shortest = length if mask is None else int(mask.sum(1).max())
-        check_length(self.config, shape, shortest + total - length, 0, "the video asked for")
-        check_cache(cache, total - 1)
+            if min(real) != max(real):
+                raise ValueError(
+                    f"the prompts have {min(real)} to {max(real)} tokens, so their videos do not end together: give "
+                    f"max_new_tokens (at most {left}), or generate prompts of one length at a time"
+                )
+            new = left
+        new = total - length if new is None else new
+        if new < 1:
+            raise ValueError(f"max_new_tokens or max_length ask for {new} codes behind a prompt of {length} tokens")
+        check_length(self.config, shape, max(real) + new, 0, "the video asked for")
+        check_cache(cache, length + new - 1)
+        return new
+
+    @staticmethod
+    def _real_lengths(mask: torch.Tensor | None, batch: int, length: int) -> list[int]:
+        """How many tokens of each prompt are no padding."""
+        if mask is None or mask.ndim != 2:
+            return [length]
+        check_mask(mask, batch, length)
+        if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
+            raise ValueError("attention_mask must have its zeros on the left: pad shorter prompts in front")
+        return mask.sum(1).int().tolist()
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """transformers' own; guesses of assisted generation may stand behind the video's end, where nothing is kept of them."""
@@ -199,6 +237,15 @@ class CosmosARGenerationMixin(GenerationMixin):
     def _packed_decoder(self, codes: int) -> PackedDecoder | None:
         """What generates the codes after the first faster than the model itself, where there is such."""
         return PackedDecoder(self) if codes >= WORTH_PACKING and can_pack(self) else None
+
+
+def _set(kwargs: dict, name: str, value):
+    """An argument of `generate`, in the config where one is given: transformers deprecates both together."""
+    if kwargs.get("generation_config") is None:
+        kwargs[name] = value
+    else:
+        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+        setattr(kwargs["generation_config"], name, value)
 
 
 def _split_top_p(processors: LogitsProcessorList, generation_config) -> tuple[LogitsProcessorList, float | None]:

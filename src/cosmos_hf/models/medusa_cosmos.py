@@ -3,7 +3,9 @@
 Guesses come from Medusa heads (arXiv 2401.10774) or from the previous latent frame, for much of a video stays as it was. Head i
 guesses the code i + 2 places ahead from the hidden state that the next code is predicted from; all heads share the output layer.
 Guesses form a tree that one forward pass checks: what the network itself says at every node decides how deep a branch may be
-followed. With "exact" acceptance greedy results are those of `generate`, code for code, and samples have its distribution.
+followed. With "exact" acceptance samples have the distribution of `generate`, and in float32 greedy results are its own, code for
+code. In bfloat16 and float16 a pass over several codes rounds otherwise than one over a single code, so that where two codes are
+nearly as probable the other one may be taken, and the video differs from there on; transformers' assisted decoding does so, too.
 
 In the paper's best recipe the heads, the last two layers and the output layer are trained (`training/train_medusa.py`).
 """
@@ -15,8 +17,10 @@ import torch
 from torch import nn
 
 from .ar_cache import ReservedCache
+from .ar_checks import check_generators
 from .ar_generation import nucleus
 from .ar_layers import self_attention_cache, with_context_cache
+from .offloading import wake
 
 ACCEPTANCES = ("exact", "typical")
 DRAFTS = ("heads", "previous_frame")
@@ -105,7 +109,7 @@ def speculative_generate(
     Args:
         model: `CosmosARForCausalLM`.
         input_ids: [B, S]; items are generated one after the other, since each accepts another number of guesses.
-        max_new_tokens: default: the rest of the video.
+        max_new_tokens: default: as the model's `generation_config` has it, or else the rest of the video.
         draft: "heads" (`medusa_num_heads` > 0 is needed), or "previous_frame": the codes one latent frame before.
         widths: guesses per head, for the first so many heads, by default one of each; for "previous_frame" a 1 for every
             code that is guessed at a time, by default 4: on a processor, each node of a pass costs a further 5 to 10 %.
@@ -114,7 +118,7 @@ def speculative_generate(
         temperature, top_p: 0 takes the most probable code; above, codes are drawn.
         generator: a torch generator, or one per item.
         latent_shape, encoder_hidden_states, encoder_attention_mask, actions: as in `CosmosARForCausalLM.forward`.
-        streamer: as in `generate`; it is given every item's prompt, then its codes.
+        streamer: as in `generate`; it is given every item's prompt [1, S], then its codes [1], as they are accepted.
     """
     config = model.config
     _check_choices(config, draft, acceptance, temperature, top_p)
@@ -123,20 +127,20 @@ def speculative_generate(
         raise ValueError(f"widths names {len(widths)} heads, the model has {config.medusa_num_heads}")
     if draft == "previous_frame" and set(widths) != {1}:
         raise ValueError(f"the previous frame gives one guess per code, got widths={widths}")
-    if isinstance(generator, (list, tuple)) and len(generator) != len(input_ids):
-        raise ValueError(f"{len(generator)} generators for {len(input_ids)} sequences: give one each, or a single one")
+    check_generators(generator, len(input_ids), "sequences")
     request = {"latent_shape": latent_shape, "encoder_hidden_states": encoder_hidden_states}
     request |= {"encoder_attention_mask": encoder_attention_mask, "max_new_tokens": max_new_tokens, "actions": actions}
     request = {name: value for name, value in request.items() if value is not None}
-    model._check_request(input_ids, request)
-    count = request.pop("max_new_tokens", model.generation_config.max_new_tokens)
+    count = model._check_request(input_ids, request)
+    request.pop("max_new_tokens", None)
     rule = _Rule(acceptance, temperature, top_p, epsilon, delta)
+    wake(model)  # what is called below are its parts
     packed = model._packed_decoder(len(input_ids) * count)
     rows, passes = [], 0
     for i in range(len(input_ids)):
         own = {n: v[i : i + 1] if isinstance(v, torch.Tensor) else v for n, v in request.items()}
         source = generator[i] if isinstance(generator, (list, tuple)) else generator
-        decoder = _Decoder(model, packed, guess_tree(widths), draft, rule, source, own)
+        decoder = _Decoder(model, packed, guess_tree(widths), draft, rule, source, own, input_ids.device)
         rows.append(decoder.run(input_ids[i : i + 1], count, streamer))
         passes += decoder.passes
     return SpeculativeOutput(torch.cat(rows), passes)
@@ -150,6 +154,11 @@ def _check_choices(config, draft: str, acceptance: str, temperature: float, top_
         raise ValueError(
             "this model has no Medusa heads (medusa_num_heads=0): train them with training/train_medusa.py, or use "
             "draft='previous_frame'"
+        )
+    if config._attn_implementation not in ("eager", "sdpa", None):
+        raise ValueError(
+            f"guesses are checked with a mask that {config._attn_implementation} does not take: call "
+            f'model.set_attn_implementation("sdpa") first (or "eager")'
         )
     if temperature < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature must be >= 0 and top_p in [0, 1], got {temperature} and {top_p}")
@@ -210,37 +219,41 @@ def _exponential(like: torch.Tensor, generator) -> torch.Tensor:
 class _Decoder:
     """One sequence: a cache, and the loop of guessing, checking and keeping."""
 
-    def __init__(self, model, packed, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict):
+    def __init__(self, model, packed, tree: GuessTree, draft: str, rule: _Rule, generator, inputs: dict, device):
         self.model, self.packed, self.tree, self.draft, self.rule = model, packed, tree, draft, rule
         self.generator, self.inputs, self.passes = generator, inputs, 0
         capacity = model.config.num_positions(inputs.get("latent_shape")) + len(tree.parents)
         self.cache = with_context_cache(ReservedCache(model.config, capacity), model.config)
-        self.seen = tree.ancestors().to(model.device)
-        self.depths = torch.tensor(tree.depths, device=model.device)
+        self.seen = tree.ancestors().to(device)
+        self.depths = torch.tensor(tree.depths, device=device)
         self.children = [
             [i for i, p in enumerate(tree.parents) if i and p == node] for node in range(len(tree.parents))
         ]
 
     def run(self, prompt: torch.Tensor, count: int, streamer) -> torch.Tensor:
+        def tell(tokens: torch.Tensor):
+            for code in [] if streamer is None else tokens.cpu().T:
+                streamer.put(code)
+
         if streamer is not None:
             streamer.put(prompt.cpu())
         end = prompt.shape[1] + count
         states = self._forward(prompt)[:, -1:]
         _, code = self.rule.follow(self._scores(states)[0, 0], [], self.generator)
         sequence = torch.cat([prompt, prompt.new_tensor([[code]])], dim=1)
+        tell(sequence[:, -1:])
         while sequence.shape[1] < end:
             past = sequence.shape[1] - 1
             # Guesses that would stand behind the last code asked for are not made.
             nodes = int((self.depths < end - past).sum())
             guesses = self._guess(states, sequence, nodes)
             states, accepted, code = self._check(guesses, past)
-            new = torch.cat([accepted, accepted.new_tensor([[code]])], dim=1)
+            new = torch.cat([accepted, accepted.new_tensor([[code]])], dim=1)[:, : end - past - 1]
             sequence = torch.cat([sequence, new], dim=1)
+            tell(new)
         if streamer is not None:
-            for code in sequence[0, prompt.shape[1] : end].cpu():
-                streamer.put(code[None])
             streamer.end()
-        return sequence[:, :end]
+        return sequence
 
     def _forward(self, tokens: torch.Tensor, past: int = 0, positions=None, mask=None) -> torch.Tensor:
         """Tokens [1, S] behind `past` others, mask: bool [S, past + S] -> hidden states [1, S, D]."""

@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..conditioning.action import ActionSpec
 from ..data.video import to_float
+from ..models.ar_checks import check_generators
 from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.ar_generation import KnownCodes
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
@@ -182,10 +183,11 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
                 transformer's `latent_shape` is made by sliding windows over the codes, decoded in one piece.
             overlap_latent_frames: latent frames that a window takes over from the one before; None: half of the window.
             temperature, top_p: how codes are drawn; top_p=0 or temperature=0 takes the most probable.
-            generator: a torch generator, or one per video: then a seed gives the same video alone or in a batch.
+            generator: a torch generator, or a list of one per video: then a seed gives the same video alone or in a batch.
             prompt_embeds: text embeddings [B, N, D] instead of prompts.
             draft: "heads" or "previous_frame" guesses several codes for each pass of the transformer
-                (`models.medusa_cosmos`): the most probable codes stay the same, draws keep their distribution.
+                (`models.medusa_cosmos`): draws keep their distribution, and in float32 the most probable codes stay the same (in
+                bfloat16 and float16 rounding may decide otherwise between codes that are nearly as probable).
             actions: what leads from frame to frame of the whole result, [num_frames - 1, A] in the units of the `action_spec`,
                 one for all videos or one per video, for a model that takes actions. A window is given its own ones.
             use_diffusion_decoder: whether the diffusion decoder makes the video, or the tokenizer; None: if there is one.
@@ -218,6 +220,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             given = read_given_views(self, image, video, num_conditioning_frames, places, run)
         several = (len(frames) for frames in given.values())
         items = max(count_prompts(prompt, prompt_embeds), 1 if steps is None else len(steps), *several)
+        check_generators(generator, items * num_videos_per_prompt, "videos")
         device, text = self._execution_device, None
         if steps is not None:
             steps = expand_conditions({"actions": steps}, items, num_videos_per_prompt)["actions"]
@@ -327,7 +330,8 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
         if sampled:
             options |= dict(temperature=float(run["temperature"]), top_p=float(run["top_p"]), generator=generator)
         done = _leading(codes) // (height * width)  # latent frames
-        with self.progress_bar(total=total * height * width - _leading(codes)) as bar:
+        rows = 1 if draft is None else len(codes)  # with guesses, videos are made one after the other
+        with self.progress_bar(total=rows * (total * height * width - _leading(codes))) as bar:
             while done < total:
                 start = done - overlap if done >= window else 0
                 end = min(start + window, total)
@@ -345,7 +349,7 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
 
     def _generate(self, known, given: int, grid, draft, sampled: bool, streamer, options: dict) -> torch.Tensor:
         """All tokens of a window from the first `given` of them, [B, S]; others that are not -1 stay as they are."""
-        options = dict(options, latent_shape=grid, streamer=streamer)
+        options = dict(options, latent_shape=grid, streamer=streamer, max_new_tokens=known.shape[1] - given)
         scattered = bool((known[:, given:] >= 0).any())
         if draft is not None:
             if scattered:
@@ -355,6 +359,8 @@ class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
             options["logits_processor"] = LogitsProcessorList([KnownCodes(known)])
         # A growing cache is copied for every code; on accelerators a fixed one would be compiled for every grid.
         cache = "static" if known.device.type == "cpu" else None
+        if sampled:
+            options["top_k"] = 0  # not the model's own either: codes are drawn by temperature and top_p
         return self.transformer.generate(known[:, :given], do_sample=sampled, cache_implementation=cache, **options)
 
 
@@ -373,14 +379,13 @@ def _check_text_width(ours: int, theirs: int):
 
 
 class _Progress(BaseStreamer):
-    """Counts generated codes; the first thing that a streamer is given is the prompt."""
+    """Counts generated codes [B]; the prompts [B, S], which a streamer is given before them, do not count."""
 
     def __init__(self, bar):
-        self._bar, self._started = bar, False
+        self._bar = bar
 
     def put(self, value):
-        self._bar.update(int(self._started))
-        self._started = True
+        self._bar.update(int(value.ndim == 1))
 
     def end(self):
         pass

@@ -106,10 +106,10 @@ def check_frame_count(name: str, count: int, factor: int):
 def draw_noise(shape: tuple[int, ...], generator, device) -> torch.Tensor:
     """Unit noise [B, C, T', H', W'] in float32, item i from its own generator: alone or in a batch, a seed is a video.
 
-    `generator` is None, one generator for the whole batch, or a list of B. Noise is drawn on the generator's device, so a
+    `generator` is None, one generator for the whole batch, or a list or tuple of B. Noise is drawn on the generator's device, so a
     seed on the processor gives the same video on any accelerator.
     """
-    if isinstance(generator, list):
+    if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} videos: give one per video, or a single one")
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])

@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..data.video import FILE_TYPES, VideoWriter, read_video, stream_video, to_uint8
+from ..models.offloading import wake
 from .conditions import (
     as_path,
     check_needed,
@@ -323,9 +324,7 @@ class _World:
         fresh = latents[:, :, repeated:]
         self._latents = fresh if first else torch.cat([self._latents, fresh], 2)
         self._latents = self._latents[:, :, -self.overlap :]
-        hook = getattr(self.vae, "_hf_hook", None)
-        if hook is not None:  # a stream does not wake an offloaded tokenizer, as encode and decode do
-            hook.pre_forward(self.vae)
+        wake(self.vae)  # a stream does not, as encode and decode do
         for part in fresh.to(self.vae.dtype).split(LATENTS_PER_PUSH, dim=2):
             frames = self._decoder.push(part).float().clamp(-1, 1)
             skip = min(drop, frames.shape[2])

@@ -65,6 +65,8 @@ class AutoregressiveConfig(WindowSettings):
         for name in ("add_cross_attention", "yarn_scale"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is a stage that starts from a trained model: give init_from")
+        if self.add_cross_attention and not self.has_text:
+            raise ValueError("add_cross_attention attends to text: give train_text_encoder: true or text_encoder")
         if self.freeze_base and not self.add_cross_attention:
             raise ValueError("freeze_base belongs to the text stage (add_cross_attention)")
 
