@@ -105,6 +105,13 @@ def speed(size: str, args) -> dict:
     }  # fmt: skip
 
 
+def memory(who: str, size: str, args) -> float:
+    """MiB of one generation beyond the weights, with the same prompt, precision and device."""
+    same = ("--prompt", str(args.prompt), "--dtype", args.dtype, "--device", args.device)
+    (peak,) = in_new_process(who, size, *same)
+    return peak
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,18 +125,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.measure:
         who, size = args.measure
-        print(peak_of(generation(build(who, size, args), args, SIZES[size][2] // 4, "dynamic")))
+        print(peak_of(generation(build(who, size, args), args, SIZES[size][2] // 4, "dynamic"), args.device))
         return
     path = RESULTS / "autoregressive.json"
     figures = json.loads(path.read_text()) if path.exists() else {}  # other sizes' stay
     for size in args.sizes:
-        row = speed(size, args)
+        figures[size] = row = {**speed(size, args), "made_by": machine(argv)}
+        keep("autoregressive", figures)  # before anything else can fail
         if not args.no_memory:
-            row["peak_mib_beyond_weights"] = {who: round(in_new_process(who, size)) for who in ("ours", "llama")}
-        figures[size] = {**row, "made_by": machine(argv)}
+            row["peak_mib_beyond_weights"] = {who: round(memory(who, size, args)) for who in ("ours", "llama")}
+            keep("autoregressive", figures)
         show(row["rows"])
-        print({name: value for name, value in row.items() if name not in ("rows", "seconds")})
-        keep("autoregressive", figures)
+        print({name: value for name, value in row.items() if name not in ("rows", "seconds", "made_by")})
 
 
 if __name__ == "__main__":

@@ -113,9 +113,15 @@ def resident(*modules: torch.nn.Module):
             tensor.sum()
 
 
-def peak_of(call) -> float:
-    """MiB that a call needs beyond what the process holds. Linux; the high-water mark is reset first."""
+def peak_of(call, device: str = "cpu") -> float:
+    """MiB that a call needs beyond what the process holds, on a GPU in tensors. On processors Linux only; the high-water mark is
+    reset first."""
     call = torch.no_grad()(call)
+    if torch.device(device).type != "cpu":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # so that nothing freed earlier serves the call uncounted
     before = _status("VmRSS")

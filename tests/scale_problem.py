@@ -1,4 +1,4 @@
-"""A tiny tokenizer and a tiny world model trained by `fit`; also run as a program, by two processes under DDP, FSDP2 or ZeRO.
+"""Tiny models of every kind trained by `fit`; also run as a program, by two processes under DDP, FSDP2 or ZeRO.
 
 torchrun --nproc_per_node 2 tests/scale_problem.py FOLDER DISTRIBUTED_TYPE
 """
@@ -13,8 +13,10 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 from transformers import T5EncoderModel
 
+from cosmos_hf.models.ar_cosmos import CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.training import autoregressive
 from cosmos_hf.training.adversarial import fit_adversarial
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.diffusion import (
@@ -115,6 +117,33 @@ def run_world(folder, **settings):
     fit(build_model(config), loss, Latents(), config, collate_latents, export_world)
 
 
+class Codes(Dataset):
+    """Random codes that repeat from frame to frame, a function of the index."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        frame = torch.randint(0, 1000, (1, 4, 4), generator=torch.Generator().manual_seed(index[0]))
+        return {"indices": frame.expand(3, -1, -1)}
+
+
+def run_language(folder, **settings):
+    """Train a tiny autoregressive world model, save it as `training/pretrain.py` does, read it again and compare."""
+    torch.manual_seed(0)
+    base = {name: value for name, value in (SETTINGS | settings).items() if name != "l2_weight"}
+    config = autoregressive.AutoregressiveConfig(output_dir=str(folder), preset="tiny", **base)
+    model = autoregressive.build_model(config, 1000, (3, 4, 4))
+    batches = autoregressive.TokenBatches(config, model.transformer.config, None)
+
+    def save(model, folder):
+        model.transformer.save_pretrained(folder)
+        again = autoregressive.ARWorldModel(CosmosARForCausalLM.from_pretrained(folder))
+        autoregressive.check_reload(model, again, batches.collate([Codes()[0, 0]]))
+
+    fit(model, autoregressive.AutoregressiveLoss(config), Codes(), config, batches.collate, save)
+
+
 def read_log(folder) -> list[tuple]:
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
@@ -175,5 +204,9 @@ if __name__ == "__main__":
         run_world(root / "world", max_steps=4)
         run_world(root / "world_cut", max_steps=2)
         run_world(root / "world_cut", max_steps=4)
+    AcceleratorState._reset_state()
+    if kind == "FSDP":
+        pretend_gpus()
+    run_language(root / "language", max_steps=3, batch_size=1, gradient_accumulation=2)
 
     assert AcceleratorState().distributed_type.value == kind, AcceleratorState().distributed_type

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosmos_hf import CosmosAutoregressivePipeline, preflight
 from cosmos_hf.convert import load_original
 from cosmos_hf.convert.autoregressive import join_shards
 from cosmos_hf.models.ar_cosmos import PRESETS, CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.ar_layers import absolute_table, axis_frequencies, rotation_table
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
 from golden_files import golden, golden_json, weights
+from tiny_pipelines import SMALL, TEXT, autoregressive, components, diffusion_decoder
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "convert_autoregressive.py"
 NAMES = ("ar_base_4b", "ar_cross_5b", "ar_yarn_12b", "ar_cross_yarn_13b")
@@ -281,20 +283,25 @@ def test_wrong_checkpoints_are_refused(checkpoint):
         load_original("Transformer", {k: v for k, v in config.items() if k != "dim"}, state)
 
 
-def test_script(tmp_path, capsys):
-    model = CosmosARForCausalLM(CosmosARConfig(**PRESETS["tiny"])).bfloat16()
+def original_state(model) -> dict:
+    """The state dict under the reference's names."""
     state = {}
     for key, value in model.state_dict().items():
         for new, old in (
             ("model.", ""), ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
             ("self_attn", "attention"), ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"), ("mlp", "feed_forward"),
-            ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo"), ("embed_tokens", "tok_embeddings"),
-            ("lm_head", "output"),
+            ("cross_attn_layernorm", "cross_attention_norm"), ("cross_attn", "cross_attention"), ("q_proj", "wq"),
+            ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo"), ("embed_tokens", "tok_embeddings"), ("lm_head", "output"),
         ):  # fmt: skip
             key = key.replace(new, old)
         state[key] = value.clone()
+    return state
+
+
+def test_script(tmp_path, capsys):
+    model = CosmosARForCausalLM(CosmosARConfig(**PRESETS["tiny"])).bfloat16()
     files = []
-    for rank, shard in enumerate(split(state)):
+    for rank, shard in enumerate(split(original_state(model))):
         files.append(str(tmp_path / f"shard{rank}.pt"))
         torch.save({k: v.clone() for k, v in shard.items()}, files[-1])
     main = runpy.run_path(str(SCRIPT))["main"]
@@ -302,6 +309,54 @@ def test_script(tmp_path, capsys):
     assert "torch.bfloat16" in capsys.readouterr().out
     again = CosmosARForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    assert (tmp_path / "out" / "preflight.json").exists()
     with pytest.raises(SystemExit):
         main(["--checkpoint", files[0], "--preset", "tiny", "--output", str(tmp_path / "out2")])
     assert "lm_head.weight" not in capsys.readouterr().out
+
+
+def test_script_writes_a_whole_pipeline(tmp_path, capsys, monkeypatch):
+    """Checkpoint, tokenizer, text encoder and diffusion decoder -> a folder that the next command of the page reads."""
+    ours, size = autoregressive(text=True), SMALL | TEXT
+    monkeypatch.setitem(PRESETS, "tiny-text", size)
+    torch.save(original_state(ours.transformer), tmp_path / "model.pt")
+    ours.save_pretrained(tmp_path / "parts")
+    decoder = diffusion_decoder(code_spatial_compression=8)
+    decoder.save_pretrained(tmp_path / "decoder")
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def convert(output, *more, preset="tiny-text"):
+        given = ("--checkpoint", tmp_path / "model.pt", "--preset", preset, "--output", tmp_path / output, *more)
+        main([str(argument) for argument in given])
+
+    parts = ("--text_encoder", tmp_path / "parts", "--diffusion_decoder", tmp_path / "decoder")
+    convert("out", "--vae", tmp_path / "parts" / "vae", *parts)
+    assert "outputs recorded" in capsys.readouterr().out
+    preflight(tmp_path / "out")
+    pipe = CosmosAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.config.height, pipe.config.width, pipe.config.num_frames) == (32, 32, 9)
+    assert pipe.diffusion_decoder is not None and pipe.tokenizer is not None
+    call = dict(image=torch.zeros(3, 1, 32, 32, dtype=torch.uint8), prompt="a cube", top_p=0, output_type="latent")
+    ours.register_to_config(max_sequence_length=pipe.config.max_sequence_length)
+    assert torch.equal(pipe(**call).frames, ours(**call).frames)
+
+    convert("plain", "--vae", tmp_path / "parts" / "vae", "--no_preflight")
+    assert CosmosAutoregressivePipeline.from_pretrained(tmp_path / "plain").text_encoder is None
+    capsys.readouterr()
+    components("tiny")["vae"].save_pretrained(tmp_path / "continuous")
+    diffusion_decoder().save_pretrained(tmp_path / "coarse")
+    for arguments, message in (
+        (parts, "are parts of a pipeline: give --vae, too"),
+        (("--vae", tmp_path / "none"), "no such folder"),
+        (("--vae", tmp_path / "continuous"), "the codes of a discrete one are needed"),
+        (
+            ("--vae", tmp_path / "parts" / "vae", "--text_encoder", tmp_path / "decoder"),
+            "no folder text_encoder and no",
+        ),
+        (("--vae", tmp_path / "parts" / "vae", "--diffusion_decoder", tmp_path / "coarse"), "do not belong together"),
+    ):
+        with pytest.raises(SystemExit):
+            convert("wrong", *arguments)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "wrong").exists()

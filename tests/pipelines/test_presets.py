@@ -17,9 +17,9 @@ from cosmos_hf.models.transformer_cosmos import PRESETS as TRANSFORMERS
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines import presets
 from cosmos_hf.pipelines.memory import weights_held
-from cosmos_hf.pipelines.presets import PRESETS, STORAGES, place_weights
+from cosmos_hf.pipelines.presets import AUTOREGRESSIVE, PRESETS, STORAGES, place_weights
 from measured_memory import agree, measured
-from tiny_pipelines import SETTINGS, components
+from tiny_pipelines import SETTINGS, autoregressive, components, diffusion_decoder
 
 GIVEN = dict(prompt="a robot arm", output_type="pt", num_conditioning_frames=1)
 
@@ -150,6 +150,41 @@ def test_presets_on_a_processor_say_what_they_leave_out(video, caplog):
     pipe.vae.disable_chunked_decoding()
     with pytest.raises(ValueError, match="latent_frames must be at least 1, got 0"):
         pipe.vae.enable_chunked_decoding(0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("text", [False, True])
+def test_presets_of_an_autoregressive_pipeline(name, text):
+    """The same video, with every part where the preset has it; the transformer is never taken apart."""
+    pipe, settings = autoregressive(text=text), AUTOREGRESSIVE[name]
+    pipe.register_modules(diffusion_decoder=diffusion_decoder(code_spatial_compression=8))
+    given = dict(image=torch.full((3, 1, 32, 32), 90, dtype=torch.uint8), output_type="pt")
+    given |= dict(prompt="a robot arm") if text else {}
+    plain = given | dict(use_diffusion_decoder=False)
+
+    def run(options):
+        return pipe(**options, generator=torch.Generator().manual_seed(0)).frames
+
+    expected = run(given), run(plain)
+    place_weights(pipe, settings, torch.device("cpu"))
+    done = pipe.apply_preset(name, device="cpu")
+    assert settings.transformer != "blocks" and "weights stay in the processor's memory" in done[0]
+    assert any("every code would wait" in line for line in done) == (name == "24gb")
+    assert pipe.vae.decode_chunk == settings.decode_chunk
+    for options, wanted in zip((given, plain), expected, strict=True):
+        torch.testing.assert_close(run(options), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=f"the preset {name} is applied already"):
+        pipe.apply_preset(name, device="cpu")
+
+
+def test_an_autoregressive_pipeline_is_loaded_with_a_preset(tmp_path):
+    autoregressive().save_pretrained(tmp_path)
+    load = type(autoregressive()).from_pretrained
+    with pytest.raises(ValueError, match="brings weights to an accelerator, and torch finds none on this machine"):
+        load(tmp_path, preset="24gb")
+    with pytest.raises(ValueError, match="storage='int8' is for diffusion transformers"):
+        load(tmp_path, storage="int8")
+    assert load(tmp_path).apply_preset("80gb", device="cpu")
 
 
 def test_chunked_decoding_takes_the_estimated_memory(tmp_path):

@@ -13,9 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cosmos_hf.models.ar_cosmos import CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
 from cosmos_hf.training.memory import GIB, estimate_memory
-from scale_problem import read_log, run
+from scale_problem import read_log, run, run_language
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "training" / "launch"
@@ -26,6 +27,7 @@ def alone(tmp_path_factory):
     """One process that sees all the samples of two."""
     folder = tmp_path_factory.mktemp("alone")
     run(folder, max_steps=4, batch_size=2, gradient_accumulation=2)
+    run_language(folder / "language", max_steps=3, batch_size=2, gradient_accumulation=2)
     return folder
 
 
@@ -70,6 +72,19 @@ def check(folder: Path, alone: Path):
     assert {weight.dtype for weight in exported.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.values())
     assert not [file for file in (folder / "straight" / "export").iterdir() if "index" in file.name]
+    check_language(folder / "language", alone / "language")
+
+
+def check_language(folder: Path, alone: Path):
+    """The same losses as one process, and a saved model that loads in one."""
+    ours, wanted = read_log(folder), read_log(alone)
+    assert [step for step, *_ in ours] == [1, 2, 3]
+    for (_, loss, norm), (_, wanted_loss, wanted_norm) in zip(ours, wanted, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=1e-4)
+        assert norm == pytest.approx(wanted_norm, rel=1e-3)
+    models = [CosmosARForCausalLM.from_pretrained(path / "export") for path in (folder, alone)]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
 
 def test_ddp(tmp_path, alone):

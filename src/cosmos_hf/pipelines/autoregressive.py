@@ -20,6 +20,7 @@ from .conditions import check_needed, checked_actions, expand_conditions, latent
 from .diffusion_decoder import CosmosDiffusionDecoderPipeline
 from .encode import check_size, check_text, count_prompts, encode_prompts, read_conditioning, repeat_to_batch
 from .output import OUTPUT_TYPES, CosmosPipelineOutput, decode_indices
+from .presets import AutoregressivePresetsMixin
 from .view_inputs import read_given_views, views_of_call
 
 # The published models were trained with one and with nine frames given, so more than nine are not taken unasked.
@@ -27,7 +28,7 @@ DEFAULT_CONDITIONING_FRAMES = 9
 DECODER_OPTIONS = ("num_inference_steps", "guidance_scale", "overlap_latent_frames", "fps", "sampling")
 
 
-class CosmosAutoregressivePipeline(ConditionAdaptersMixin, DiffusionPipeline):
+class CosmosAutoregressivePipeline(ConditionAdaptersMixin, AutoregressivePresetsMixin, DiffusionPipeline):
     """Continues an image or the last frames of a video by generating the codes of its next frames.
 
     Args:

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, T5Config, T5EncoderModel
 
+from ..models.ar_cosmos import PRESETS as LANGUAGE
 from ..models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
-from ..models.diffusers_layout import DIFFUSERS_CLASS, config_from_diffusers
 from ..models.peak_memory import peak_of
 from ..models.transformer_cosmos import PRESETS as TRANSFORMERS
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
-from .presets import PRESETS, STORAGES, check_choice, is_stored_small
+from .bare_parts import network_config, tokenizer_config
+from .presets import PRESETS, STORAGES, Preset, check_choice, check_no_storage, is_stored_small
 
 # The published models' text encoder, T5-11B, and size of a call.
 _T5_11B = dict(d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128, vocab_size=32128)
@@ -35,6 +37,7 @@ class MemoryEstimate:
     stages: dict[str, int]
     preset: str
     storage: str | None = None
+    places: Preset | None = None
 
     @property
     def peak(self) -> int:
@@ -42,7 +45,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         kept = f" and storage {self.storage}" if self.storage else ""
-        lines = [f"{self.peak / 1e9:.2f} GB with the preset {self.preset}{kept} ({PRESETS[self.preset]})"]
+        places = "; ".join((self.places or PRESETS[self.preset]).lines(self.weights))
+        lines = [f"{self.peak / 1e9:.2f} GB with the preset {self.preset}{kept} ({places})"]
         lines += [f"  {name}: {size / 1e9:.2f} GB of weights" for name, size in self.weights.items()]
         lines += [
             f"  {stage}: {size / 1e9:.2f} GB, {self.activations[stage] / 1e9:.2f} of it activations"
@@ -60,25 +64,42 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     storage: str | None = None,
 ) -> MemoryEstimate:
-    """The peak of each stage of one guided generation of one video, with fused attention.
+    """The peak of each stage of one generation of one video, with fused attention; of a diffusion model guided.
+
+    Of an autoregressive model these are the text's encoding, that of the given frames (nine), the codes of a window with the cache
+    of all of it, and their decoding, by the diffusion decoder where there is one.
 
     Counted are the tensors that the parts make, not the buffers that a kernel takes for itself nor what an allocator keeps aside.
 
     Args:
         model: the name of a transformer's preset ("7b-video2world", with T5-11B and the 8x8x8 tokenizer), or a pipeline's
-            folder or Hub id, of which only configs are read.
-        height, width, num_frames: None takes the pipeline's own, or the published 704x1280 with 121 frames.
+            folder or Hub id, of which only configs are read. Or the name of an autoregressive model's ("4b", "13b-video2world",
+            with T5-11B and the tokenizer that it was made for); a name that both have is the diffusion model's.
+        height, width, num_frames: None takes the pipeline's own, or the published 704x1280 with 121 frames, 640x1024 with 33 of an
+            autoregressive model.
         preset: where the weights are; a name in `presets.PRESETS`.
         dtype: of weights and activations.
-        storage: how the transformer's weights are kept; a name in `presets.STORAGES`, or None for as they are.
+        storage: how a diffusion transformer's weights are kept; a name in `presets.STORAGES`, or None for as they are.
 
     Raises ValueError for unknown names, and what the parts raise for a size that they cannot represent.
     """
     check_choice(preset, storage)
-    settings = PRESETS[preset]
-    configs, size = _configs(str(model))
     given = dict(height=height, width=width, num_frames=num_frames)
-    size |= {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if _is_autoregressive(str(model)):
+        from .memory_autoregressive import estimate_autoregressive  # which needs what is here
+
+        check_no_storage(storage)
+        return estimate_autoregressive(str(model), given, preset, dtype, _T5_11B)
+    return _estimate_diffusion(str(model), given, preset, dtype, storage)
+
+
+def _estimate_diffusion(
+    model: str, given: dict, preset: str, dtype: torch.dtype, storage: str | None
+) -> MemoryEstimate:
+    settings = PRESETS[preset]
+    configs, size = _configs(model)
+    size |= given
     with torch.device("meta"):
         transformer = CosmosWorldTransformer3D(**configs["transformer"])
         vae = CosmosVideoTokenizer(**configs["vae"])
@@ -86,7 +107,7 @@ def estimate_memory(
     for part in (transformer, vae, encoder):
         _cast(part, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        transformer, vae, encoder = (part.to_empty(device="cpu").eval() for part in (transformer, vae, encoder))
+        transformer, vae, encoder = (_to_fake(part) for part in (transformer, vae, encoder))
         parts = {"text_encoder": encoder, "transformer": transformer, "vae": vae}
         activations = {
             "text_encoder": peak_of(lambda: _encode_text(encoder, size["max_sequence_length"])),
@@ -114,10 +135,10 @@ def estimate_memory(
 # ---- the stages ------------------------------------------------------------------------------------------------------
 
 
-def _encode_text(encoder: T5EncoderModel, length: int):
+def _encode_text(encoder: T5EncoderModel, length: int, texts: int = 2):
     """Prompt and negative prompt, one after the other; the embeddings of the first stay."""
     ids = torch.zeros(1, length, dtype=torch.long)
-    return [encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state for _ in range(2)]
+    return [encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state for _ in range(texts)]
 
 
 def _denoise(transformer: CosmosWorldTransformer3D, vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype):
@@ -163,6 +184,14 @@ def _cast(part: torch.nn.Module, dtype: torch.dtype):
             parameter.data = parameter.data.to(dtype)
 
 
+def _to_fake(part: torch.nn.Module) -> torch.nn.Module:
+    """From the meta device to the processor of a `FakeTensorMode`; what is one weight under two names stays one."""
+    part = part.to_empty(device="cpu").eval()
+    if isinstance(part, T5EncoderModel):
+        part.encoder.embed_tokens.weight = part.shared.weight
+    return part
+
+
 def weights_held(part: torch.nn.Module, place: str, storage: str | None = None, blocks: int = 2) -> tuple[int, int]:
     """Bytes of a part's weights, and of those that are on the device at a time while it works from a place of `presets.PLACES`.
 
@@ -192,24 +221,34 @@ def _bytes(part: torch.nn.Module, storage: str | None) -> int:
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 
+def _is_autoregressive(model: str) -> bool:
+    """Of a preset's name, a pipeline's folder or a Hub id. ValueError for a name or folder that is none of them."""
+    if model in TRANSFORMERS or model in LANGUAGE:
+        return model not in TRANSFORMERS
+    folder = Path(model)
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.exists() and (folder / "config.json").exists():
+            raise ValueError(f"{model} holds one part: give the folder of a pipeline, or the name of a preset")
+        index = json.loads(index.read_text()) if index.exists() else {}
+    elif "/" not in model:
+        names = ", ".join([*TRANSFORMERS, *(name for name in LANGUAGE if name not in TRANSFORMERS)])
+        raise ValueError(f"{model!r} is no folder and no preset; there is {names}")
+    else:
+        index = DiffusionPipeline.load_config(model)
+    return index.get("_class_name") == "CosmosAutoregressivePipeline"
+
+
 def _configs(model: str) -> tuple[dict, dict]:
     """(config of each part, size of a call) of a preset's name, or of a folder or Hub id."""
     if model in TRANSFORMERS:
         config = TRANSFORMERS[model]
         text = T5Config(**_T5_11B | {"d_model": config.get("text_embed_dim", _T5_11B["d_model"])})
         return dict(transformer=config, vae=TOKENIZERS["cv8x8x8"], text_encoder=text), dict(_SIZE)
-    transformer = _plain(
-        CosmosWorldTransformer3D.load_config(model, subfolder="transformer"), CosmosWorldTransformer3D
-    )
-    vae = CosmosVideoTokenizer.load_config(model, subfolder="vae")
-    vae = config_from_diffusers(vae) if vae["_class_name"] == DIFFUSERS_CLASS else _plain(vae, CosmosVideoTokenizer)
+    transformer, vae = network_config(model), tokenizer_config(model)
     size, index = dict(_SIZE), Path(model) / "model_index.json"
     if index.exists():
         values = json.loads(index.read_text())
         size |= {name: values[name] for name in size if name in values}
     text = AutoConfig.from_pretrained(model, subfolder="text_encoder")
     return dict(transformer=transformer, vae=vae, text_encoder=text), size
-
-
-def _plain(config: dict, cls) -> dict:
-    return {name: value for name, value in config.items() if name in cls._get_init_keys(cls)}

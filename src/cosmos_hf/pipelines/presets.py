@@ -9,6 +9,7 @@ transformer, is never on the device as a whole while the transformer is there.
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import attrgetter
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -39,20 +40,26 @@ class Preset:
     decode_chunk: int | None = None
 
     def place(self, part: str) -> str:
-        return getattr(self, part)
+        """Of a part, or of one within a part, as a diffusion decoder's `transformer` is."""
+        return getattr(self, part.rsplit(".", 1)[-1])
 
-    def __str__(self) -> str:
-        parts = ("text_encoder", "transformer", "vae")
+    def lines(self, parts) -> list[str]:
+        """What it says of these parts."""
         lines = [f"{part} {PLACES[self.place(part)]}" for part in parts]
         if self.decode_chunk:
             lines.append(f"{self.decode_chunk} latent frames are decoded at a time")
-        return "; ".join(lines)
+        return lines
 
 
 PRESETS = {
     "80gb": Preset(text_encoder="blocks", transformer="device", vae="device"),
     "48gb": Preset(text_encoder="whole", transformer="whole", vae="whole"),
     "24gb": Preset(text_encoder="blocks", transformer="blocks", vae="device", decode_chunk=2),
+}
+
+# Of autoregressive pipelines: a transformer that came block by block would come again for every code.
+AUTOREGRESSIVE = PRESETS | {
+    "24gb": Preset(text_encoder="whole", transformer="whole", vae="whole", decode_chunk=2),
 }
 
 
@@ -93,10 +100,20 @@ def check_choice(preset: str | None, storage: str | None):
         )
 
 
+def check_no_storage(storage: str | None):
+    """ValueError: a storage is for diffusion transformers."""
+    if storage is not None:
+        raise ValueError(
+            f"storage={storage!r} is for diffusion transformers; load an autoregressive one in torch_dtype=torch.bfloat16 "
+            "or with a quantization_config of transformers"
+        )
+
+
 class PresetsMixin:
     """Put before `DiffusionPipeline`; for pipelines with `text_encoder`, `transformer` and `vae`."""
 
     _applied: str | None = None
+    _presets = PRESETS
 
     @classmethod
     def from_pretrained(
@@ -142,15 +159,13 @@ class PresetsMixin:
         check_choice(preset, storage)
         if self._applied is not None:
             raise ValueError(f"the preset {self._applied} is applied already: load the pipeline again to change it")
-        device, settings = _device_for(preset, device), PRESETS[preset]
+        device, settings = _device_for(preset, device), self._presets[preset]
         if device.type == "cpu":
             done = ["weights stay in the processor's memory: there is no accelerator that they would be brought to"]
             logger.warning("preset %s: %s", preset, done[0])
         else:
             place_weights(self, settings, device)
-            done = [
-                f"{part} {PLACES[settings.place(part)]} ({device})" for part in ("text_encoder", "transformer", "vae")
-            ]
+            done = [f"{part} {PLACES[place]} ({device})" for part, place in _places(self, settings).items()]
         if settings.decode_chunk:
             self.vae.enable_chunked_decoding(settings.decode_chunk)
             done.append(f"{settings.decode_chunk} latent frames are decoded at a time")
@@ -158,16 +173,35 @@ class PresetsMixin:
         return done
 
 
+class AutoregressivePresetsMixin(PresetsMixin):
+    """The same for autoregressive pipelines: no storage, and the transformer never block by block (`AUTOREGRESSIVE`)."""
+
+    _presets = AUTOREGRESSIVE
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, preset: str | None = None, storage=None, **kwargs):
+        """As of every diffusers pipeline. `preset`: see `apply_preset`. `storage` is refused: it is for diffusion transformers."""
+        check_no_storage(storage)
+        return super().from_pretrained(pretrained_model_name_or_path, preset, **kwargs)
+
+    def apply_preset(self, preset: str, device: str | torch.device | None = None) -> list[str]:
+        """As of the diffusion pipelines, a diffusion decoder included; returned is also what a preset does not do here."""
+        done = super().apply_preset(preset, device)
+        if self._presets[preset] is not PRESETS[preset]:
+            done.append("the transformer does not come block by block: every code would wait for all of its weights")
+        return done
+
+
 def place_weights(pipe, settings: Preset, device: torch.device):
     """Hooks that bring each part's weights to `device` and away again, as `settings` says."""
-    places = {part: settings.place(part) for part in ("text_encoder", "transformer", "vae")}
+    places = _places(pipe, settings)
     if "whole" in places.values():
         assert set(places.values()) == {"whole"}, "accelerate's hooks hand the device from part to part"
         pipe.enable_model_cpu_offload(device=device)
         return
     streams = dict(use_stream=True) if device.type in ("cuda", "xpu") else {}
     for name, place in places.items():
-        part = getattr(pipe, name)
+        part = attrgetter(name)(pipe)
         if place == "device":
             part.to(device)
             continue
@@ -175,6 +209,14 @@ def place_weights(pipe, settings: Preset, device: torch.device):
         apply_group_offloading(
             blocks, onload_device=device, offload_type="block_level", num_blocks_per_group=1, **streams
         )
+
+
+def _places(pipe, settings: Preset) -> dict[str, str]:
+    """By part that the pipeline has, those of a pipeline within it included."""
+    names = ["text_encoder", "transformer", "vae"]
+    if getattr(pipe, "diffusion_decoder", None) is not None:
+        names += ["diffusion_decoder.transformer", "diffusion_decoder.vae"]
+    return {name: settings.place(name) for name in names if attrgetter(name)(pipe) is not None}
 
 
 def _device_for(preset: str, device: str | torch.device | None) -> torch.device:

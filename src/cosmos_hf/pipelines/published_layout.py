@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from ..conditioning.views import PUBLISHED_VIEWS
+from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.diffusers_layout import save_for_diffusers as save_tokenizer
 from ..models.stored_prompt import CosmosStoredPrompt
@@ -20,6 +22,9 @@ from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.diffusers_settings import DIFFUSERS_CLASS as DIFFUSERS_SCHEDULER
 from ..schedulers.diffusers_settings import to_diffusers_config
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from .autoregressive import CosmosAutoregressivePipeline
+from .bare_parts import bare_decoder, bare_text_encoder, trained_size
+from .component_checks import check_fit
 from .diffusion_decoder import CosmosDiffusionDecoderPipeline
 
 logger = logging.getLogger(__name__)
@@ -139,12 +144,10 @@ def complete_decoder(
             DV8x16x16.
         aux_vars: the published file with the text that it gets (`context`, `context_mask`); None leaves it without.
     """
-    folder, vae = Path(folder), Path(vae)
-    if not vae.is_dir():
-        raise ValueError(f"no such folder: {vae}; pipelines/convert_tokenizer.py makes one of a published tokenizer")
+    folder = Path(folder)
+    tokenizer = _read_tokenizer(vae)
     with torch.device("meta"):
         transformer = CosmosWorldTransformer3D.from_config(_transformer_config(folder))
-    tokenizer = CosmosVideoTokenizer.from_pretrained(vae, torch_dtype=_stored_dtype(vae))
     settings = {}
     if codes is not None:
         with torch.device("meta"):
@@ -165,6 +168,48 @@ def complete_decoder(
     pipeline.save_config(folder)
 
 
+def save_autoregressive(
+    model: CosmosARForCausalLM,
+    folder: str | Path,
+    vae: str | Path,
+    text_encoder: str | Path | None = None,
+    diffusion_decoder: str | Path | None = None,
+):
+    """Write the folder of a `CosmosAutoregressivePipeline`. A call's default size is the grid that the model was trained with.
+
+    Args:
+        vae: folder of the discrete tokenizer.
+        text_encoder: folder with `text_encoder/` and `tokenizer/`, T5's, for a model with cross-attention; None leaves them out,
+            and calls give embeddings. Copied as they are.
+        diffusion_decoder: folder of a `CosmosDiffusionDecoderPipeline` for the tokenizer's codes. Copied as it is.
+
+    Raises ValueError, before anything is written, where the parts do not fit each other.
+    """
+    folder, config, copied = Path(folder), model.config, {}
+    parts = dict(vae=_read_tokenizer(vae), transformer=model)
+    if text_encoder is not None:
+        if config.cross_attention_dim is None:
+            raise ValueError("this model has no cross-attention: leave the text encoder out")
+        copied |= {name: Path(text_encoder) / name for name in ("text_encoder", "tokenizer")}
+        if missing := [name for name, source in copied.items() if not source.is_dir()]:
+            raise ValueError(f"{text_encoder} has no folder {' and no '.join(missing)}: give one with both, T5's")
+        parts["text_encoder"] = bare_text_encoder(text_encoder)
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(copied["tokenizer"])
+    if diffusion_decoder is not None:
+        copied["diffusion_decoder"] = Path(diffusion_decoder)
+        parts["diffusion_decoder"] = bare_decoder(diffusion_decoder)
+    size = trained_size(config, parts["vae"])
+    pipeline, problems = CosmosAutoregressivePipeline(**parts, **size), []
+    check_fit(pipeline, True, [], problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    for name in ("vae", "transformer"):
+        parts[name].save_pretrained(folder / name)
+    for name, source in copied.items():
+        _copy(source, folder / name)
+    pipeline.save_config(folder)
+
+
 def read_prompt(file: str | Path) -> CosmosStoredPrompt:
     """The text's embedding in a published `aux_vars.pt`, zero where its mask is."""
     content = torch.load(file, map_location="cpu", weights_only=True)
@@ -172,6 +217,16 @@ def read_prompt(file: str | Path) -> CosmosStoredPrompt:
         there = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{file} must hold the tensors context and context_mask, it holds {there}")
     return CosmosStoredPrompt.of(content["context"], content.get("context_mask"))
+
+
+def _read_tokenizer(folder: str | Path) -> CosmosVideoTokenizer:
+    """In the precision that it is stored in."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no such folder: {folder}; pipelines/convert_tokenizer.py makes one of a published tokenizer"
+        )
+    return CosmosVideoTokenizer.from_pretrained(folder, torch_dtype=_stored_dtype(folder)).eval()
 
 
 def _read_index(folder: Path) -> dict:
