@@ -1,12 +1,16 @@
-"""The bundled nano models: the published architectures with small configs, trained by the scripts in `training/`."""
+"""The bundled nano models: the published architectures with small configs, trained by the scripts in `training/`; and adapters."""
 
 from pathlib import Path
 
-MODELS = {"video2world": "nano-video2world", "autoregressive": "nano-autoregressive-tabletop"}
+MODELS = {
+    "video2world": "nano-video2world",
+    "autoregressive": "nano-autoregressive-tabletop",
+    "camera": "nano-camera",  # an adapter of video2world
+}
 
 
 def nano_path(name: str = "video2world") -> str:
-    """Folder of a bundled model, for `from_pretrained`. Raises ValueError for an unknown name."""
+    """Folder of a bundled model, for `from_pretrained`, or adapter, for `load_lora_weights`. Raises ValueError for an unknown name."""
     if name not in MODELS:
         raise ValueError(f"no bundled model {name!r}; there is {', '.join(MODELS)}")
     return str(Path(__file__).parent / MODELS[name])
