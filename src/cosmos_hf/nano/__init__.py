@@ -10,7 +10,10 @@ MODELS = {
 
 
 def nano_path(name: str = "video2world") -> str:
-    """Folder of a bundled model, for `from_pretrained`, or adapter, for `load_lora_weights`. Raises ValueError for an unknown name."""
+    """Folder of a bundled model, for `from_pretrained`, or adapter, for `load_lora_weights`.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in MODELS:
         raise ValueError(f"no bundled model {name!r}; there is {', '.join(MODELS)}")
     return str(Path(__file__).parent / MODELS[name])
