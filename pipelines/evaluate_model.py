@@ -70,6 +70,10 @@ def main(argv=None):
     parser.add_argument("--no_perceptual", action="store_true", help="leave out the learned distances (extra `eval`)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.plans == 1 or args.plans < 0:
+        parser.error(
+            f"--plans {args.plans}: one plan cannot differ from itself; give 0 to leave plans out, or two or more"
+        )
     with report(parser):
         pipe = load(args)
         perceptual = None if args.no_perceptual else PerceptualDistance().to(args.device)
@@ -148,7 +152,7 @@ def read_clips(pipe, path: str, args) -> list[dict]:
     """In the size and length that an adapter was trained on; else in the clips' own size and the model's length."""
     trained = pipe.trained_settings
     size = (trained["height"], trained["width"]) if trained else None
-    length = trained.get("num_frames", pipe.config.num_frames)
+    length = pipe.call_default("num_frames")
     clips = ClipDataset(path, num_frames=length, size=size, fps=args.fps, random=False, views=args.camera)
     return [clips[i] for i in range(min(args.num_clips, len(clips)))]
 

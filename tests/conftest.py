@@ -16,3 +16,13 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of a tiny Video2World pipeline, which post-training starts from; nobody writes into it."""
+    from tiny_pipelines import video2world
+
+    folder = tmp_path_factory.mktemp("base")
+    video2world().save_pretrained(folder)
+    return folder

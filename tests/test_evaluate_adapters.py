@@ -14,22 +14,13 @@ from cosmos_hf.conditioning.camera_paths import joystick_path
 from cosmos_hf.data.video import write_video
 from cosmos_hf.evaluation import geometry
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
-from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.training.action_specs import find_action_spec
 from cosmos_hf.training.diffusion import Texts, build_datasets
 from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model, export_adapter
 from feature_files import write_feature_files
-from tiny_pipelines import SETTINGS, components
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "evaluate_model.py"
 FPS = 10
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from cosmos_hf.models.transformer_cosmos import PRESETS as TRANSFORMERS
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
 from cosmos_hf.pipelines.autoregressive import CosmosAutoregressivePipeline
 from cosmos_hf.pipelines.diffusion_decoder import CosmosDiffusionDecoderPipeline
+from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training.text import build_text_encoder, train_vocabulary
 
@@ -36,6 +37,12 @@ def components(preset: str) -> dict:
 SETTINGS = dict(
     height=32, width=48, num_frames=9, fps=5, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=16
 )
+
+
+def video2world() -> CosmosVideo2WorldPipeline:
+    pipe = CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def diffusion_decoder(**changes) -> CosmosDiffusionDecoderPipeline:

@@ -2,16 +2,14 @@
 
 import pytest
 
+import tiny_pipelines
 from cosmos_hf.pipelines.text2world import CosmosText2WorldPipeline
-from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from tiny_pipelines import SETTINGS, components
 
 
 @pytest.fixture(scope="session")
 def video2world():
-    pipe = CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipelines.video2world()
 
 
 @pytest.fixture(scope="session")

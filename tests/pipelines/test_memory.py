@@ -25,7 +25,7 @@ def test_estimates_are_the_measured_peaks(video2world, tmp_path, dtype):
     with torch.no_grad():
         transformer.rope._tables.clear()
         real = {
-            "text_encoder": measured(lambda: memory._encode_text(encoder, 16)),
+            "text_encoder": measured(lambda: memory.text_stage(encoder, 16)),
             "transformer": measured(lambda: memory._denoise(transformer, vae, size, dtype)),
             "vae": measured(lambda: vae.decode(torch.zeros(1, 16, 3, 8, 12, dtype=dtype)).sample.float()),
         }
@@ -84,7 +84,7 @@ def test_autoregressive_estimates_are_the_measured_peaks(tmp_path):
     with torch.no_grad():
         latents = decoder(codes, text, **decode).frames  # also makes the network's tables
         real = {
-            "text_encoder": measured(lambda: memory._encode_text(pipe.text_encoder, 16, 1)),
+            "text_encoder": measured(lambda: memory.text_stage(pipe.text_encoder, 16, 1)),
             "encode": measured(lambda: pipe.vae.encode(torch.zeros(1, 3, 5, 64, 96))),
             "transformer": tables
             + text.nbytes

@@ -36,18 +36,10 @@ from cosmos_hf.training.posttrain import (
     check_step_zero,
     export_adapter,
 )
-from tiny_pipelines import SETTINGS, components
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"
 PROMPT = "a robot arm picks up the red cube"
 INTRINSICS = np.array([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

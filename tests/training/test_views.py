@@ -27,18 +27,10 @@ from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.diffusion import DiffusionConfig, Texts, build_datasets
 from cosmos_hf.training.posttrain import ConditionBatches, PosttrainConfig, build_model
 from cosmos_hf.training.tokenizer import build_dataset, build_whole
-from tiny_pipelines import SETTINGS, components
 
 SCRIPT = Path(__file__).parents[2] / "training" / "posttrain.py"
 VIEWS = ["front", "left", "right"]
 PROMPT = "a robot arm picks up the red cube"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    CosmosVideo2WorldPipeline(**components("tiny-video2world"), **SETTINGS).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

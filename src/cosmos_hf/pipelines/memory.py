@@ -105,14 +105,14 @@ def _estimate_diffusion(
         vae = CosmosVideoTokenizer(**configs["vae"])
         encoder = T5EncoderModel(configs["text_encoder"])
     for part in (transformer, vae, encoder):
-        _cast(part, dtype)
+        cast(part, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        transformer, vae, encoder = (_to_fake(part) for part in (transformer, vae, encoder))
+        transformer, vae, encoder = (to_fake(part) for part in (transformer, vae, encoder))
         parts = {"text_encoder": encoder, "transformer": transformer, "vae": vae}
         activations = {
-            "text_encoder": peak_of(lambda: _encode_text(encoder, size["max_sequence_length"])),
+            "text_encoder": peak_of(lambda: text_stage(encoder, size["max_sequence_length"])),
             "transformer": peak_of(lambda: _denoise(transformer, vae, size, dtype)),
-            "vae": peak_of(lambda: _decode(vae, size, dtype, settings.decode_chunk)),
+            "vae": peak_of(lambda: decode_stage(vae, size, dtype, settings.decode_chunk)),
         }
         if storage is not None:  # the one matrix that is at work has its full size
             activations["transformer"] += max(
@@ -135,7 +135,7 @@ def _estimate_diffusion(
 # ---- the stages ------------------------------------------------------------------------------------------------------
 
 
-def _encode_text(encoder: T5EncoderModel, length: int, texts: int = 2):
+def text_stage(encoder: T5EncoderModel, length: int, texts: int = 2):
     """Prompt and negative prompt, one after the other; the embeddings of the first stay."""
     ids = torch.zeros(1, length, dtype=torch.long)
     return [encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state for _ in range(texts)]
@@ -160,7 +160,7 @@ def _denoise(transformer: CosmosWorldTransformer3D, vae: CosmosVideoTokenizer, s
     return kept, given, noise, denoised
 
 
-def _decode(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype, chunk: int | None):
+def decode_stage(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype, chunk: int | None):
     factor = vae.config.spatial_compression
     frames = vae.latent_frames(size["num_frames"])
     latents = torch.zeros(
@@ -174,7 +174,7 @@ def _decode(vae: CosmosVideoTokenizer, size: dict, dtype: torch.dtype, chunk: in
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _cast(part: torch.nn.Module, dtype: torch.dtype):
+def cast(part: torch.nn.Module, dtype: torch.dtype):
     """As `from_pretrained` does: what a class keeps in float32 stays so, in transformers beside float16 only."""
     kept = getattr(part, "_keep_in_fp32_modules", None) or ()
     if isinstance(part, T5EncoderModel) and dtype != torch.float16:
@@ -184,7 +184,7 @@ def _cast(part: torch.nn.Module, dtype: torch.dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def _to_fake(part: torch.nn.Module) -> torch.nn.Module:
+def to_fake(part: torch.nn.Module) -> torch.nn.Module:
     """From the meta device to the processor of a `FakeTensorMode`; what is one weight under two names stays one."""
     part = part.to_empty(device="cpu").eval()
     if isinstance(part, T5EncoderModel):

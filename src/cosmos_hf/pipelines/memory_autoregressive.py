@@ -15,7 +15,7 @@ from .autoregressive import DEFAULT_CONDITIONING_FRAMES, CosmosAutoregressivePip
 from .bare_parts import bare_decoder, bare_text_encoder, tokenizer_config, trained_size
 from .diffusion_decoder import LATENTS_PER_PUSH, CosmosDiffusionDecoderPipeline
 from .encode import check_size
-from .memory import MemoryEstimate, _cast, _decode, _encode_text, _to_fake, weights_held
+from .memory import MemoryEstimate, cast, decode_stage, text_stage, to_fake, weights_held
 from .presets import AUTOREGRESSIVE
 
 DECODER = "diffusion_decoder"
@@ -40,19 +40,19 @@ def estimate_autoregressive(model: str, given: dict, preset: str, dtype: torch.d
         parts |= {f"{DECODER}.{name}": getattr(pipe.diffusion_decoder, name) for name in ("transformer", "vae")}
     parts = {name: part for name, part in parts.items() if part is not None}
     for part in parts.values():
-        _cast(part, dtype)
+        cast(part, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for part in parts.values():
-            _to_fake(part)
+            to_fake(part)
         vae, transformer = pipe.vae, pipe.transformer
         stages = {"encode": ("vae", lambda: encode_given(vae, size, dtype))}
         if "text_encoder" in parts:
             length = size["max_sequence_length"]
-            stages = {"text_encoder": ("text_encoder", lambda: _encode_text(pipe.text_encoder, length, 1))} | stages
+            stages = {"text_encoder": ("text_encoder", lambda: text_stage(pipe.text_encoder, length, 1))} | stages
         stages["transformer"] = ("transformer", lambda: generate_codes(transformer, vae, grid, size, dtype))
         if decoder is None:
             decode = [size] * views
-            stages["vae"] = ("vae", lambda: [_decode(vae, each, dtype, settings.decode_chunk) for each in decode])
+            stages["vae"] = ("vae", lambda: [decode_stage(vae, each, dtype, settings.decode_chunk) for each in decode])
         else:
             stages |= decoder_stages(decoder, grid, size, dtype)
         tables = prepare_tables(transformer, grid, dtype)
