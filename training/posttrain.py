@@ -21,7 +21,6 @@ from cosmos_hf import (
     CosmosVideoTokenizer,
     preflight,
 )
-from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training import autoregressive
 from cosmos_hf.training import posttrain_autoregressive as ar
 from cosmos_hf.training.action_specs import find_action_spec
@@ -34,6 +33,7 @@ from cosmos_hf.training.posttrain import (
     ConditionBatches,
     PosttrainConfig,
     build_model,
+    build_scheduler,
     export_adapter,
     trained_on,
 )
@@ -53,8 +53,7 @@ def posttrain_diffusion(argv):
     texts = Texts(config, data.texts, [text for dataset in validation.values() for text in dataset.texts])
     batches = ConditionBatches(config, texts, vae, find_action_spec(config, data, validation))
     model = build_model(config, batches.action_dim)
-    scheduler = CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler")
-    loss = ConditionedLoss(config, scheduler, model.transformer.takes_condition_mask)
+    loss = ConditionedLoss(config, build_scheduler(config), model.transformer.takes_condition_mask)
     measure = dict(loss=loss, batches=batches, datasets=validation, batch_size=config.batch_size)
     fit(
         model,

@@ -144,6 +144,7 @@ def test_views_must_fill_the_time_axis():
         (dict(num_views=0), "num_views must be at least 1"),
         (dict(frame_repeat_embed=True), "frame_repeat_embed needs view_embed_dim"),
         (dict(action_dim=0), "action_dim must be None"),
+        (dict(action_dim=5, action_hidden_dim=0), "action_hidden_dim must be None"),
         (dict(action_form="typo"), "action_form must be one of intended, as_written"),
         (dict(extra_pos_embed_type="typo"), "must be None, 'learnable' or 'sincos'"),
     ],

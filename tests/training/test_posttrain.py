@@ -33,6 +33,7 @@ from cosmos_hf.training.posttrain import (
     ConditionBatches,
     PosttrainConfig,
     build_model,
+    build_scheduler,
     check_step_zero,
     export_adapter,
 )
@@ -85,8 +86,7 @@ def assemble(config):
         config, Texts(config, dataset.captions, captions), vae, find_action_spec(config, dataset)
     )
     model = build_model(config, batches.action_dim)
-    scheduler = CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler")
-    loss = ConditionedLoss(config, scheduler, model.transformer.takes_condition_mask)
+    loss = ConditionedLoss(config, build_scheduler(config), model.transformer.takes_condition_mask)
     return model, loss, dataset, batches, validation
 
 
@@ -271,13 +271,25 @@ def test_dropped_conditions_are_not_seen(make):
     assert torch.equal(*losses)
 
 
+def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
+    of_base = CosmosEDMScheduler.from_pretrained(base, subfolder="scheduler").config
+    kept, own = build_scheduler(make("camera")).config, build_scheduler(make("camera", p_mean=2.5)).config
+    assert (kept.p_mean, kept.p_std) == (of_base.p_mean, of_base.p_std)
+    assert (own.p_mean, own.p_std) == (2.5, of_base.p_std) and own.sigma_data == of_base.sigma_data
+
+    _, loss, dataset, batches, _ = assemble(make("camera", min_condition_frames=1, max_condition_frames=2, batch_size=64))
+    batch = batches.collate([dataset[0]] * 64)
+    assert set(loss.draw_counts(batch).tolist()) == {1, 2}
+
+
 @pytest.mark.parametrize(
     ("conditions", "more", "message"),
     [
         (("action",), dict(init_from=""), "post-training starts from a pipeline"),
         (("depth",), {}, "conditions must be one or several of camera, action, trajectory, instruction, views"),
         ((), {}, "conditions must be one or several of"),
-        (("camera",), dict(p_mean=1.0), "p_mean cannot be set in post-training: the base's are kept"),
+        (("camera",), dict(guidance_scale=1.0), "guidance_scale cannot be set in post-training: the base's are kept"),
+        (("camera",), dict(min_condition_frames=2), "min_condition_frames must be in 0..max_condition_frames, got 2 of 1"),
         (("camera",), dict(lora_rank=-1), "lora_rank must be >= 0"),
         (
             ("camera",),
@@ -305,9 +317,11 @@ def test_mistakes_are_refused(make, conditions, more, message):
 # ---- adapters in a pipeline ------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path):
-    trained = adapter_of(make("action", "camera"), tmp_path / "adapter")
+@pytest.mark.parametrize("hidden", [0, 24])
+def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path, hidden):
+    trained = adapter_of(make("action", "camera", action_hidden_dim=hidden), tmp_path / "adapter")
     pipe.load_lora_weights(tmp_path / "adapter")
+    assert pipe.transformer.action_embed.offsets.linear_1.out_features == (hidden or 4 * trained.patch_embed.proj.weight.shape[0])
     assert pipe.transformer.conditions == ("condition_mask", "camera", "actions")
     x, given = torch.randn(1, 16, 3, 4, 6), dict(condition_mask=torch.zeros(1, 1, 3, 4, 6))
     given |= dict(actions=torch.randn(1, 3, 28), camera=torch.randn(1, 6, 3, 4, 6))
@@ -392,6 +406,38 @@ def test_fused_adapters_stay_and_are_saved(pipe, adapters, tmp_path):
     again.load_lora_weights(adapters / "instruction")
     with pytest.raises(ValueError, match="brings action_dim, which this pipeline's transformer has already"):
         again.load_lora_weights(adapters / "action", adapter_name="second")
+
+
+def test_unfused_adapters_act_as_before(pipe, adapters):
+    for name in ("action", "camera"):
+        pipe.load_lora_weights(adapters / name, adapter_name=name)
+    pipe.set_adapters(["action", "camera"], [0.7, 1.0])
+    given = dict(actions=plan_of(0.5), camera=path_of(0.2))
+    expected = generate(pipe, **given)
+    pipe.fuse_lora(lora_scale=0.5)
+    assert (generate(pipe, **given) - expected).abs().max() > 1e-2
+    pipe.unfuse_lora()
+    torch.testing.assert_close(generate(pipe, **given), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_fused_weights_cannot_do_is_refused(pipe, adapters):
+    pipe.load_lora_weights(adapters / "action", adapter_name="action")
+    pipe.load_lora_weights(adapters / "instruction", adapter_name="instruction")
+    with pytest.raises(ValueError, match="instruction would not act beside fused adapters: fuse them too"):
+        pipe.fuse_lora(adapter_names=["action"])
+    pipe.fuse_lora()
+    for refused in (
+        pipe.disable_lora,
+        pipe.fuse_lora,
+        lambda: pipe.set_adapters(["action"], [0.5]),
+        lambda: pipe.delete_adapters("action"),
+        lambda: pipe.load_lora_weights(adapters / "camera"),
+    ):
+        with pytest.raises(ValueError, match=r"adapters action, instruction are fused .*: call unfuse_lora\(\) first"):
+            refused()
+    pipe.unfuse_lora()
+    pipe.delete_adapters("action")
+    assert pipe.transformer.conditions == ("condition_mask",)
 
 
 def told_settings(folder, target, **settings):

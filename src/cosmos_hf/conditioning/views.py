@@ -54,15 +54,15 @@ def reference_view(places: Sequence[int]) -> int:
 
 
 def draw_given_frames(
-    batch: int, views: int, latent_frames: int, most: int, whole_views: float, device=None
+    batch: int, views: int, latent_frames: int, most: int, whole_views: float, device=None, least: int = 0
 ) -> torch.Tensor:
     """How many latent frames of each view a training sample is given, [B, V]; from torch's global generator.
 
-    As the published models were trained, the first n frames of every view, n uniform in 0..`most`; but for half of the samples of
+    As the published models were trained, the first n frames of every view, n uniform in `least`..`most`; but for half of the samples of
     a random half of the views only. And in a share `whole_views` of the samples a random subset of the views, neither none nor
     all, is given whole.
     """
-    first = torch.randint(most + 1, (batch, 1), device=device).expand(batch, views)
+    first = torch.randint(least, most + 1, (batch, 1), device=device).expand(batch, views)
     every = torch.rand(batch, 1, device=device) < 0.5
     counts = torch.where(every | (torch.rand(batch, views, device=device) < 0.5), first, torch.zeros_like(first))
     if views == 1:

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import ar_conditions
-from .dit_conditions import PARTS, channel_columns, extend_conditions, withdraw_conditions
+from .dit_conditions import HOW_ACTIONS_ENTER, PARTS, channel_columns, extend_conditions, withdraw_conditions
 
 RECORD, WEIGHTS = "conditions.json", "conditions.safetensors"
 COLUMNS = "patch_embed."
-COMPANIONS = ("action_form", "actions_per_frame")  # fields that say how another one's condition is meant
+COMPANIONS = (*HOW_ACTIONS_ENTER, "actions_per_frame")  # fields that say how another one's condition is meant
 # What the blocks' weights and the meaning of the input depend on; a base that differs in these is another one.
 BASE_FIELDS = (
     "out_channels",

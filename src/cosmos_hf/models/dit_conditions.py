@@ -41,10 +41,10 @@ class ViewEmbedding(nn.Module):
 class _ActionMLP(nn.Module):
     """The last layer starts at zero: a model that is given actions for the first time is the model it was."""
 
-    def __init__(self, action_dim: int, hidden_size: int, out_size: int):
+    def __init__(self, action_dim: int, inner_size: int, out_size: int):
         super().__init__()
-        self.linear_1 = nn.Linear(action_dim, 4 * hidden_size)
-        self.linear_2 = nn.Linear(4 * hidden_size, out_size)
+        self.linear_1 = nn.Linear(action_dim, inner_size)
+        self.linear_2 = nn.Linear(inner_size, out_size)
         self.start_at_zero()
 
     def start_at_zero(self):
@@ -62,11 +62,12 @@ class ActionEmbedding(nn.Module):
     a checkpoint of that code needs, and "intended" adds it.
     """
 
-    def __init__(self, action_dim: int, hidden_size: int, form: str):
+    def __init__(self, action_dim: int, hidden_size: int, form: str, inner_size: int | None = None):
         super().__init__()
         self.form = form
-        self.sinusoid = _ActionMLP(action_dim, hidden_size, hidden_size)
-        self.offsets = _ActionMLP(action_dim, hidden_size, 3 * hidden_size)
+        inner_size = inner_size or 4 * hidden_size
+        self.sinusoid = _ActionMLP(action_dim, inner_size, hidden_size)
+        self.offsets = _ActionMLP(action_dim, inner_size, 3 * hidden_size)
 
     def forward(self, actions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         return self.sinusoid(actions) if self.form == "intended" else None, self.offsets(actions)
@@ -89,6 +90,8 @@ def check_condition_config(config):
         raise ValueError("frame_repeat_embed needs view_embed_dim: it is added to the views' vectors")
     if config.action_dim is not None and config.action_dim < 1:
         raise ValueError(f"action_dim must be None (no actions) or at least 1, got {config.action_dim}")
+    if config.action_hidden_dim is not None and config.action_hidden_dim < 1:
+        raise ValueError(f"action_hidden_dim must be None (4 times the width) or at least 1, got {config.action_hidden_dim}")
     if config.action_form not in ACTION_FORMS:
         raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {config.action_form!r}")
 
@@ -214,7 +217,9 @@ ADDABLE = (
     "frame_repeat_embed",
     "action_dim",
     "action_form",
+    "action_hidden_dim",
 )
+HOW_ACTIONS_ENTER = ("action_form", "action_hidden_dim")  # of no effect without action_dim
 PARTS = ("condition_embed", "view_embed", "action_embed")
 
 
@@ -226,7 +231,8 @@ def condition_parts(config, hidden_size: int) -> dict[str, nn.Module | None]:
     if config.view_embed_dim:
         parts["view_embed"] = ViewEmbedding(config.num_views, config.view_embed_dim, config.frame_repeat_embed)
     if config.action_dim is not None:
-        parts["action_embed"] = ActionEmbedding(config.action_dim, hidden_size, config.action_form)
+        how = config.action_form, config.action_hidden_dim
+        parts["action_embed"] = ActionEmbedding(config.action_dim, hidden_size, *how)
     return parts
 
 
@@ -256,7 +262,7 @@ def extend_conditions(model, **changes):
         raise ValueError("this model takes a condition_mask already")
     for name, value in changes.items():
         old = model.config[name]
-        if name != "action_form" and old not in (None, 0, 1, False) and value != old:
+        if name not in HOW_ACTIONS_ENTER and old not in (None, 0, 1, False) and value != old:
             raise ValueError(f"{name} is {old} in this model and cannot become {value}")
     _change_conditions(model, changes, int(add_mask))
 

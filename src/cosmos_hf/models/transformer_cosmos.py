@@ -113,6 +113,7 @@ class CosmosWorldTransformer3D(
         condition_vocab_size: `condition` is token ids below this, embedded into `condition_channels`; None is real channels.
         action_dim: width of an action; None is none.
         action_form: "intended", or "as_written" for checkpoints of the published training code (`ActionEmbedding`).
+        action_hidden_dim: width within the actions' MLPs; None is 4 times that of the network, as published.
         num_views: views that the time and text axes hold, each with its own positions and its own text.
         view_embed_dim: channels that tell the views apart; 0 is none.
         frame_repeat_embed: whether these channels also hold how often a view's frame repeats (`frame_repeat`).
@@ -149,6 +150,7 @@ class CosmosWorldTransformer3D(
         condition_vocab_size: int | None = None,
         action_dim: int | None = None,
         action_form: str = "intended",
+        action_hidden_dim: int | None = None,
         num_views: int = 1,
         view_embed_dim: int = 0,
         frame_repeat_embed: bool = False,

@@ -87,9 +87,10 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         """Load an adapter and make it active beside those that are: a folder that `training/posttrain.py` wrote, such a
         repository of the Hub, or a plain LoRA file or state dict.
 
-        Raises ValueError for another kind of base, a condition that the model or an adapter already has, a name in use, and
-        weights for layers that the transformer does not have.
+        Raises ValueError for another kind of base, a condition that the model or an adapter already has, a name in use, weights
+        for layers that the transformer does not have, and while adapters are fused.
         """
+        self._refuse_fused("a further adapter would not act")
         name = adapter_name or get_adapter_name(self.transformer)
         if name in getattr(self.transformer, "peft_config", {}):
             raise ValueError(
@@ -117,6 +118,7 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None):
         """Which adapters act, and how strongly; the conditions of the others leave the transformer until they are set again."""
+        self._refuse_fused("set_adapters would change nothing")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
         known = list(getattr(self.transformer, "peft_config", {}))
@@ -131,17 +133,26 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     def fuse_lora(self, components=("transformer",), lora_scale: float = 1.0, adapter_names=None, **kwargs):
         """Merge adapters into the weights; their conditions stay, also when the adapters are unloaded afterwards."""
+        self._refuse_fused("a second fuse_lora could not be undone")
+        if adapter_names and (left := sorted(self._weights.keys() - set(adapter_names))):
+            raise ValueError(
+                f"{', '.join(left)} would not act beside fused adapters: fuse them too, or set_adapters({list(adapter_names)}) first"
+            )
         super().fuse_lora(list(components), lora_scale=lora_scale, adapter_names=adapter_names, **kwargs)
         names = adapter_names or list(self._weights)
         self._fused |= {n: lora_scale * self._weights.get(n, 1.0) for n in names if n in self._adapters}
         self._update_conditions()
 
     def unfuse_lora(self, components=("transformer",), **kwargs):
+        """Take fused adapters out of the weights again; they act as they did before `fuse_lora`."""
         super().unfuse_lora(list(components), **kwargs)
         self._fused = {}
+        if self._weights:  # diffusers leaves them at fuse_lora's lora_scale
+            super().set_adapters(list(self._weights), list(self._weights.values()))
         self._update_conditions()
 
     def disable_lora(self):
+        self._refuse_fused("disable_lora would take the LoRA out of the weights and leave the conditions")
         super().disable_lora()
         self._enabled = False
         self._update_conditions()
@@ -153,8 +164,9 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
 
     def delete_adapters(self, adapter_names: list[str] | str):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if self.fused_loras & set(names):
+            self._refuse_fused("what they learned would stay there")
         self._weights = {n: w for n, w in self._weights.items() if n not in names}
-        self._fused = {n: w for n, w in self._fused.items() if n not in names}
         self._update_conditions()
         super().delete_adapters(names)
         for name in names:
@@ -193,6 +205,13 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
                 "the transformer's weights are in 4 bits: save the pipeline as it was before four_bit_blocks"
             )
         return super().save_pretrained(*args, **kwargs)
+
+    def _refuse_fused(self, why: str):
+        if fused := sorted(self.fused_loras):
+            raise ValueError(
+                f"the adapters {', '.join(fused)} are fused into the weights, where {why}: call unfuse_lora() first, or "
+                "unload_lora_weights() to make them part of the pipeline"
+            )
 
     # ---- the transformer's conditions --------------------------------------------------------------------------------
 

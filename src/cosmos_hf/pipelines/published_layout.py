@@ -17,6 +17,7 @@ from ..conditioning.views import PUBLISHED_VIEWS
 from ..models.ar_cosmos import CosmosARForCausalLM
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.diffusers_layout import save_for_diffusers as save_tokenizer
+from ..models.dit_conditions import HOW_ACTIONS_ENTER
 from ..models.stored_prompt import CosmosStoredPrompt
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.diffusers_settings import DIFFUSERS_CLASS as DIFFUSERS_SCHEDULER
@@ -45,7 +46,7 @@ _ONLY_OURS = dict(
     condition_channels=0,
     condition_vocab_size=None,
     action_dim=None,
-    action_form=None,  # of no effect without action_dim
+    **dict.fromkeys(HOW_ACTIONS_ENTER),
     num_views=1,
     view_embed_dim=0,
     frame_repeat_embed=False,
@@ -262,7 +263,7 @@ def transformer_config_to_diffusers(config) -> dict:
     config = dict(config)
     for name, off in _ONLY_OURS.items():
         value = config.pop(name)
-        if name != "action_form" and value != off:
+        if name not in HOW_ACTIONS_ENTER and value != off:
             raise ValueError(
                 f"diffusers' CosmosTransformer3DModel has no {name} (this model: {value}): it cannot hold this model"
             )

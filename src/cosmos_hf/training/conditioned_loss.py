@@ -27,11 +27,12 @@ class ConditionedLoss(DiffusionLoss):
         return len(batch.get("view_indices", self.config.views)) or 1
 
     def draw_counts(self, batch: dict) -> torch.Tensor:
-        views, latents, most = self.num_views(batch), batch["latents"], self.config.max_condition_frames
+        views, latents, config = self.num_views(batch), batch["latents"], self.config
         if views == 1:
             return super().draw_counts(batch)
-        frames = latents.shape[2] // views
-        return draw_given_frames(len(latents), views, frames, most, self.config.whole_views, latents.device)
+        least, most = config.min_condition_frames, config.max_condition_frames
+        frames, device = latents.shape[2] // views, latents.device
+        return draw_given_frames(len(latents), views, frames, most, config.whole_views, device, least)
 
     def draw_views(self, batch: dict) -> dict:
         """The batch with `views_per_step` of its views, in their order; rays as a call of those views has them."""

@@ -50,7 +50,8 @@ class DiffusionConfig(WindowSettings):
         default=512, metadata={"help": "text tokens; shorter texts are padded with zeros"}
     )
     text_dropout: float = field(default=0.2, metadata={"help": "share of samples that see no text"})
-    max_condition_frames: int = field(default=2, metadata={"help": "latent frames given: uniform in 0..this"})
+    min_condition_frames: int = field(default=0, metadata={"help": "latent frames given: uniform from this on"})
+    max_condition_frames: int = field(default=2, metadata={"help": "latent frames given: uniform up to this"})
     learned_uncertainty: bool = True
     p_mean: float = field(default=0.0, metadata={"help": "mean of ln(sigma)"})
     p_std: float = 1.0
@@ -66,8 +67,11 @@ class DiffusionConfig(WindowSettings):
         self.check_text()
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
-        if self.max_condition_frames < 0:
-            raise ValueError(f"max_condition_frames must be >= 0, got {self.max_condition_frames}")
+        if not 0 <= self.min_condition_frames <= self.max_condition_frames:
+            raise ValueError(
+                f"min_condition_frames must be in 0..max_condition_frames, got {self.min_condition_frames} of "
+                f"{self.max_condition_frames}"
+            )
 
     def check_text(self):
         if self.train_text_encoder == bool(self.text_encoder):
@@ -264,8 +268,8 @@ class DiffusionLoss:
 
     def draw_counts(self, batch: dict) -> torch.Tensor:
         """Latent frames given to each sample; the reference draws once per process, where a batch is a sample or two."""
-        latents = batch["latents"]
-        return torch.randint(self.config.max_condition_frames + 1, (len(latents),), device=latents.device)
+        latents, least, most = batch["latents"], self.config.min_condition_frames, self.config.max_condition_frames
+        return torch.randint(least, most + 1, (len(latents),), device=latents.device)
 
     def equal_counts(self, batch: dict, count: int) -> torch.Tensor | None:
         """`count` latent frames given to each sample, in every view; None for a network that takes none."""
@@ -316,9 +320,11 @@ class DiffusionLoss:
 def validate(
     model: WorldModel, loss: DiffusionLoss, texts: Texts, datasets: dict[str, LatentDataset], batch_size: int
 ) -> dict:
-    """Denoising error on every validation set, with 0, 1 and `max_condition_frames` frames given; the same draws each time."""
-    device, figures = next(model.parameters()).device, {}
-    given = sorted({0, 1, loss.config.max_condition_frames}) if loss.takes_condition_mask else [0]
+    """Denoising error on every validation set, with 0 (or as few as in training), 1 and `max_condition_frames` frames given; the
+    same draws each time."""
+    device, figures, config = next(model.parameters()).device, {}, loss.config
+    given = {config.min_condition_frames, config.max_condition_frames} | ({1} if config.min_condition_frames < 1 else set())
+    given = sorted(given) if loss.takes_condition_mask else [0]
     for name, dataset in datasets.items():
         for count in given:
             errors = []

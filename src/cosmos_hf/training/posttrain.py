@@ -18,8 +18,9 @@ from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_
 from ..conditioning.views import join_views, reference_view
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
-from ..models.dit_conditions import ACTION_FORMS, CAMERA_CHANNELS, channel_columns, extend_conditions
+from ..models.dit_conditions import ACTION_FORMS, CAMERA_CHANNELS, HOW_ACTIONS_ENTER, channel_columns, extend_conditions
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
+from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from .action_specs import reference_poses, without_range
 from .adaptation import (
     AdapterSettings,
@@ -47,11 +48,10 @@ OF_THE_BASE = (
     "text_preset",
     "vocab_size",
     "new_text",
-    "p_mean",
-    "p_std",
     "scale_noise_by_frames",
+    "num_inference_steps",
+    "guidance_scale",
 )
-OF_THE_BASE += ("num_inference_steps", "guidance_scale")
 
 
 @dataclass
@@ -77,9 +77,14 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         default="intended",
         metadata={"help": "intended: an action for every frame; as_written: the paper's, the next one alone"},
     )
+    action_hidden_dim: int = field(
+        default=0, metadata={"help": "width within the actions' MLPs; 0: 4 times the network's, as published"}
+    )
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
+    p_mean: float | None = field(default=None, metadata={"help": "mean of ln(sigma); none: the base's"})
+    p_std: float | None = field(default=None, metadata={"help": "spread of ln(sigma); none: the base's"})
     num_frames: int = field(default=0, metadata={"help": "length of a window in pixel frames; 0: the base's"})
     max_sequence_length: int = field(default=0, metadata={"help": "text tokens; 0: the base's"})
 
@@ -199,6 +204,12 @@ class ConditionBatches:
 # ---- model ---------------------------------------------------------------------------------------------------------
 
 
+def build_scheduler(config: PosttrainConfig) -> CosmosEDMScheduler:
+    """That of the base, with the run's own noise levels where it has such; they are of training alone and not exported."""
+    levels = {name: getattr(config, name) for name in ("p_mean", "p_std") if getattr(config, name) is not None}
+    return CosmosEDMScheduler.from_pretrained(config.init_from, subfolder="scheduler", **levels)
+
+
 def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
     """The base with the run's conditions, and with LoRA where that is asked for; what is trained requires a gradient.
 
@@ -220,6 +231,7 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
     changes = {"camera_channels": CAMERA_CHANNELS} if "camera" in config.conditions else {}
     if action_dim is not None:
         changes |= {"action_dim": action_dim, "action_form": config.action_form}
+        changes |= {"action_hidden_dim": config.action_hidden_dim} if config.action_hidden_dim else {}
     if "views" in config.conditions:
         changes |= {"num_views": len(config.views), "view_embed_dim": VIEW_EMBED_DIM}
     return changes
@@ -227,7 +239,7 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
 
 def _prepare(transformer: CosmosWorldTransformer3D, config: PosttrainConfig, changes: dict):
     for name in changes:
-        if name != "action_form" and has_condition(transformer, name):
+        if name not in HOW_ACTIONS_ENTER and has_condition(transformer, name):
             raise ValueError(f"the base has {name}={transformer.config[name]} already; post-train one without it")
     extend_conditions(transformer, **changes)
     if not config.lora_rank:
