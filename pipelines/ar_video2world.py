@@ -2,6 +2,7 @@
 
     python pipelines/ar_video2world.py --input robot.mp4
     python pipelines/ar_video2world.py --model cosmos-5b --input robot.mp4 --prompt "A robot arm picks up the red cube."
+    python pipelines/ar_video2world.py --input robot.mp4 --adapter runs/nano_ar_action/export --actions plan.csv
 
 The bundled nano model, which is the default, takes no prompt. The input is treated as in `video2world.py`. Videos longer than the
 model's grid are made by sliding windows over the codes. A model that has a diffusion decoder decodes with it.
@@ -13,7 +14,16 @@ import torch
 
 from cosmos_hf import CosmosAutoregressivePipeline, nano_path
 from cosmos_hf.data.video import IMAGE_SUFFIXES
-from cosmos_hf.pipelines.scripting import report, save_result
+from cosmos_hf.pipelines.scripting import (
+    add_batch_argument,
+    add_placing_arguments,
+    file_checksum,
+    load_pipeline,
+    report,
+    run_batch,
+    save_result,
+)
+from cosmos_hf.pipelines.steering import add_steering_arguments, steering_arguments, steering_record
 
 INTEGERS = ("height", "width", "num_frames", "num_conditioning_frames", "overlap_latent_frames")
 NUMBERS = ("fps", "temperature", "top_p")
@@ -22,30 +32,41 @@ NUMBERS = ("fps", "temperature", "top_p")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=nano_path("autoregressive"), help="folder or Hub id of a pipeline")
-    parser.add_argument("--input", required=True, help="image or video file")
+    parser.add_argument("--input", help="image or video file")
     parser.add_argument("--prompt")
-    parser.add_argument("--output", default="outputs/world.mp4")
+    parser.add_argument("--output", default="outputs/world.mp4", help="the mp4; with --batch a folder")
     for name in INTEGERS + NUMBERS:
         parser.add_argument(f"--{name}", type=int if name in INTEGERS else float, help="default: the model's")
+    parser.add_argument("--draft", choices=("heads", "previous_frame"), help="guess several codes for each pass")
     parser.add_argument("--no_diffusion_decoder", action="store_true", help="let the tokenizer decode")
     parser.add_argument("--decoder_steps", type=int, help="steps of the diffusion decoder; default: the model's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_steering_arguments(parser, camera=False)
+    add_placing_arguments(parser)
+    add_batch_argument(parser)
     args = parser.parse_args(argv)
     with report(parser):
-        pipe = CosmosAutoregressivePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
-            args.device
-        )
-        kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
-        result = pipe(
-            **{kind: args.input, "prompt": args.prompt} | {name: getattr(args, name) for name in INTEGERS + NUMBERS},
-            use_diffusion_decoder=False if args.no_diffusion_decoder else None,
-            decoder_options=None if args.decoder_steps is None else dict(num_inference_steps=args.decoder_steps),
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="pt",
-        )
-        save_result(args, pipe, result, input=args.input)
+        if not args.input and not args.batch:
+            raise ValueError("--input is needed")
+        pipe = load_pipeline(CosmosAutoregressivePipeline, args)
+
+        def make(args):
+            if not args.input:
+                raise ValueError("input is missing")
+            kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
+            result = pipe(
+                **{kind: args.input, "prompt": args.prompt, "draft": args.draft},
+                **{name: getattr(args, name) for name in INTEGERS + NUMBERS},
+                use_diffusion_decoder=False if args.no_diffusion_decoder else None,
+                decoder_options=None if args.decoder_steps is None else dict(num_inference_steps=args.decoder_steps),
+                generator=torch.Generator().manual_seed(args.seed),
+                output_type="pt",
+                **steering_arguments(args, pipe),
+            )
+            extra = dict(script="ar_video2world", input=args.input, input_sha256=file_checksum(args.input))
+            save_result(args, pipe, result, **extra, **steering_record(args))
+
+        run_batch(parser, args, make)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cosmos_hf import nano_path
-from cosmos_hf.data.video import read_video, to_float, write_video
+from cosmos_hf.data.video import read_metadata, read_video, to_float, write_video
 from cosmos_hf.models.ar_cosmos import CosmosARConfig, CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS as TOKENIZERS
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
@@ -207,6 +207,15 @@ def test_save_and_load_in_a_fresh_process_and_the_script(with_text, plain, tmp_p
     ]
     main([*arguments, "--num_frames", "13"])
     assert read_video(tmp_path / "out.mp4").frames.shape == (3, 13, 32, 32)
+    again = ["--output", str(tmp_path / "again.mp4")]
+    runpy.run_path(str(SCRIPT.with_name("reproduce.py")))["main"]([str(tmp_path / "out.mp4"), *again])
+    assert read_metadata(tmp_path / "again.mp4")["script"] == "ar_video2world"
+    main([*arguments[:-1], str(tmp_path / "placed.mp4"), "--num_frames", "13", "--preset", "80gb"])
+    placed, plain_one = (read_video(tmp_path / name).frames for name in ("placed.mp4", "out.mp4"))
+    assert torch.equal(placed, plain_one)
+    (tmp_path / "jobs.jsonl").write_text('{"num_frames": 9, "temperature": 0.5}\n{"num_frames": 9, "draft": "previous_frame"}\n')
+    main([*arguments[:-1], str(tmp_path / "many"), "--batch", str(tmp_path / "jobs.jsonl")])
+    assert [read_video(path).frames.shape[1] for path in sorted((tmp_path / "many").iterdir())] == [9, 9]
     with pytest.raises(SystemExit):
         main([*arguments, "--num_frames", "12"])
 

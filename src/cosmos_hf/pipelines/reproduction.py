@@ -14,7 +14,7 @@ _FILES = {
     "actions_sha256": "the file of actions is another",
     "camera_sha256": "the camera's file is another",
 }
-SCRIPTS = ("text2world", "video2world", "rollout_world")
+SCRIPTS = ("text2world", "video2world", "ar_video2world", "rollout_world")
 
 
 def recipe(path: str | Path) -> tuple[str, dict]:

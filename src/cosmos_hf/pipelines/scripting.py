@@ -62,17 +62,22 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str):
         "--upsampler_4bit", action="store_true", help="load it with 4 bit weights (needs bitsandbytes)"
     )
     parser.add_argument("--preview", help="png that shows the video in small after every step")
+    add_placing_arguments(parser)
+    parser.add_argument("--storage", choices=STORAGES, help="keep the transformer's weights smaller: an approximation")
+
+
+def add_placing_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--preset", choices=PRESETS, help="bring the weights to the device as one of this size needs it"
     )
-    parser.add_argument("--storage", choices=STORAGES, help="keep the transformer's weights smaller: an approximation")
 
 
 def load_pipeline(pipeline_class, args: argparse.Namespace):
     """The pipeline of `--model` with its `--adapter`s on `--device`, or as `--preset` places it."""
-    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), storage=args.storage)
+    more = {"storage": args.storage} if hasattr(args, "storage") else {}
+    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), **more)
     for folder in getattr(args, "adapter", None) or []:
         pipe.load_lora_weights(folder)
     if args.preset is None:

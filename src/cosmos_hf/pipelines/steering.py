@@ -16,11 +16,14 @@ from .scripting import file_checksum, folder_checksum
 FOCAL = 0.86  # of a picture's width: it shows 60 degrees
 
 
-def add_steering_arguments(parser: argparse.ArgumentParser):
+def add_steering_arguments(parser: argparse.ArgumentParser, camera: bool = True):
+    """`camera`: whether the script's models may be steered by a camera, and guided by what steers."""
     parser.add_argument(
         "--adapter", nargs="+", help="folders or Hub ids of adapters, as training/posttrain.py writes them"
     )
     parser.add_argument("--actions", help="npz, npy, csv or json of the video's actions [num_frames - 1, A]")
+    if not camera:
+        return
     parser.add_argument(
         "--camera",
         help=f"a way of the camera ({', '.join([*TRAJECTORIES, *ORBITS])}), or a file or folder of its poses: npz "
@@ -46,7 +49,7 @@ def steering_arguments(args: argparse.Namespace, pipe) -> dict:
     given = {}
     if args.actions:
         given["actions"] = read_actions(args.actions, num_frames)
-    if args.camera:
+    if getattr(args, "camera", None):
         if args.resolution:
             raise ValueError("--camera is of pictures of a size: give --height and --width in place of --resolution")
         size = (args.height or pipe.call_default("height"), args.width or pipe.call_default("width"))
@@ -60,7 +63,7 @@ def steering_record(args: argparse.Namespace) -> dict:
     if args.adapter:
         record["adapter_checksum"] = [folder_checksum(folder) for folder in args.adapter]
     for name in ("actions", "camera"):
-        if (path := getattr(args, name)) and Path(path).is_file():
+        if (path := getattr(args, name, None)) and Path(path).is_file():
             record[f"{name}_sha256"] = file_checksum(path)
     return record
 
