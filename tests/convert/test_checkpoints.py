@@ -90,21 +90,20 @@ def tensors_in(folder):
     return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
+@torch.no_grad()
 def test_output_of_the_converted_network(original, tmp_path):
+    """That of the same weights converted in memory; and with the full fixtures that of the reference."""
     state, config, tensors = original
     torch.save(state, tmp_path / "model.pt")
     convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", transformer_config("VideoExtendGeneralDIT", config))
-    model, given = CosmosWorldTransformer3D.from_pretrained(tmp_path / "out"), part(tensors, "inputs.main")
-    with torch.no_grad():
-        out = model(
-            given["x"],
-            given["timesteps"],
-            given["crossattn_emb"],
-            fps=given["fps"],
-            condition_mask=given["condition_video_input_mask"],
-            padding_mask=given["padding_mask"],
-        ).sample
-    torch.testing.assert_close(out, tensors["outputs.main.net_output"], atol=3e-5, rtol=0)
+    given = part(tensors, "inputs.main")
+    given["condition_mask"] = given.pop("condition_video_input_mask")
+    inputs = [given.pop(name) for name in ("x", "timesteps", "crossattn_emb")]
+    of_forward = {name: given[name] for name in ("fps", "condition_mask", "padding_mask")}
+    out = CosmosWorldTransformer3D.from_pretrained(tmp_path / "out")(*inputs, **of_forward).sample
+    in_memory = load_original("VideoExtendGeneralDIT", config, weights(tensors))(*inputs, **of_forward).sample
+    torch.testing.assert_close(out, in_memory, atol=0, rtol=0)
+    torch.testing.assert_close(out, tensors.get("outputs.main.net_output", out), atol=3e-5, rtol=0)
 
 
 def test_shards_are_what_diffusers_reads(original, tmp_path):

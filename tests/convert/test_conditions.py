@@ -15,7 +15,7 @@ TOLERANCE = 3e-5
 
 
 def load(name, family="diffusion", **changes):
-    tensors, metadata, config = golden(family, name, full=family == "diffusion")
+    tensors, metadata, config = golden(family, name, full=family == "diffusion", outputs=True)
     model = load_original(metadata["cls"].rsplit(".", 1)[-1], {**config, **changes}, weights(tensors))
     return model, tensors
 

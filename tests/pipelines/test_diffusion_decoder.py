@@ -43,7 +43,7 @@ def run(pipe, codes, **arguments):
 
 def test_the_references_guided_run():
     """Its loop of five Euler steps with guidance 1.8, whose first sample has the deviation of the noisy data."""
-    tensors, metadata, config = golden("diffusion_decoder", "diffusion_decoder_dit")
+    tensors, metadata, config = golden("diffusion_decoder", "diffusion_decoder_dit", outputs=True)
     transformer = load_original(metadata["cls"].rsplit(".", 1)[-1], config, weights(tensors))
     pipe = CosmosDiffusionDecoderPipeline(
         transformer=transformer, vae=tiny_video(temporal_compression=8, channels_mult=(1, 2, 2)),

@@ -267,7 +267,7 @@ class Sampler:
 
 def test_guided_run_of_the_reference():
     """Its `generate_samples_from_batch`: guidance 7, two given latent frames, six steps of RES 2ab and the clean one."""
-    tensors, metadata, config = golden("diffusion", "v2w_7b_tiny")
+    tensors, metadata, config = golden("diffusion", "v2w_7b_tiny", outputs=True)
     assert tensors["inputs.model.padding_mask"].abs().max() == 0
     model = load_original("VideoExtendGeneralDIT", config, weights(tensors))
     noise = tensors["inputs.sample_res2ab.unit_noise"]
