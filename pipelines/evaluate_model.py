@@ -35,7 +35,7 @@ from cosmos_hf.evaluation.instructions import evaluate_instructions
 from cosmos_hf.evaluation.perceptual import PerceptualDistance
 from cosmos_hf.evaluation.plans import evaluate_plans
 from cosmos_hf.evaluation.reconstruction import evaluate_reconstruction
-from cosmos_hf.evaluation.worlds import score_future, summarise_futures
+from cosmos_hf.evaluation.worlds import latent_l2, score_future, summarise_futures
 from cosmos_hf.models.ar_loss import IGNORED, ignored_tokens
 from cosmos_hf.pipelines.conditions import action_vectors, conditions_of_clip, takes_one_action
 from cosmos_hf.pipelines.encode import encode_prompts
@@ -115,6 +115,7 @@ def load(args):
 def evaluate_set(pipe, name: str, path: str, args, perceptual, extractors: list) -> dict:
     samples = read_clips(pipe, path, args)
     given = [conditions_of_clip(pipe, sample) for sample in samples]
+    true = [to_float(sample["video"]) for sample in samples]
     true_paths = find_true_paths(pipe, name, samples, args)
     tokenizer = evaluate_reconstruction(reconstructor(pipe.vae), samples, perceptual, args.device)
     entry = {"clips": describe(pipe, name, samples), "tokenizer": tokenizer["summary"]}
@@ -125,12 +126,16 @@ def evaluate_set(pipe, name: str, path: str, args, perceptual, extractors: list)
         if true_paths is not None:
             row["poses"] = pose_figures(videos, samples, true_paths, count)
         if extractors:
-            made, true = ([v[:, count:] for v in kind] for kind in (videos, [to_float(s["video"]) for s in samples]))
-            row["frechet"] = compare_videos(extractors, made, true, args.device)
+            made, real = ([v[:, count:] for v in kind] for kind in (videos, true))
+            row["frechet"] = compare_videos(extractors, made, real, args.device)
+        if pipe.vae.config.quantizer is None:
+            row["latent_l2"] = {"model": latent_l2(pipe.vae, videos, true, count)}
         if isinstance(pipe, CosmosAutoregressivePipeline):
             row["perplexity"] = perplexity(pipe, samples, given, count)
         if len(samples) > 1 and given[0]:
             videos, _ = futures(pipe, samples, [given[-1], *given[:-1]], count, args)
+            if "latent_l2" in row:
+                row["latent_l2"]["exchanged"] = latent_l2(pipe.vae, videos, true, count)
             row["exchanged"] = score(videos, samples, count, sheet.with_name(f"{sheet.stem}-exchanged.png"))["model"]
         entry[f"from_{count}_frames"] = row
     if args.plans and len(samples) > 1 and given[0]:

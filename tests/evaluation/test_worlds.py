@@ -8,10 +8,12 @@ import torch
 from cosmos_hf.evaluation.worlds import (
     background_plate,
     estimate_foreground,
+    latent_l2,
     overlap,
     score_future,
     summarise_futures,
 )
+from tiny_tokenizers import tiny_video
 
 FRAMES, HEIGHT, WIDTH, SIDE = 12, 32, 64, 8
 
@@ -111,3 +113,15 @@ def test_refusals(world):
             score_future(truth, truth, count, masks)
     with pytest.raises(ValueError, match="NaN"):
         score_future(truth * float("nan"), truth, 1, masks)
+
+
+def test_latent_l2_is_of_the_predicted_frames():
+    torch.manual_seed(0)
+    vae = tiny_video(latents_mean=[0.0] * 16, latents_std=[0.5] * 16)
+    truth = [torch.rand(3, 9, 32, 32) * 2 - 1 for _ in range(2)]
+    assert latent_l2(vae, truth, truth, 1)["mean"] == 0
+    other = [torch.cat([-video[:, :1], video[:, 1:]], 1) for video in truth]  # the given frame alone
+    whole, predicted = (latent_l2(vae, other, truth, count)["mean"] for count in (0, 1))
+    assert whole > predicted
+    a, b = (vae.normalize(vae.encode(torch.stack(clips)).latents)[:, :, 1:] for clips in (truth, truth[::-1]))
+    assert latent_l2(vae, truth, truth[::-1], 1)["mean"] == pytest.approx((a - b).square().mean().item(), rel=1e-5)

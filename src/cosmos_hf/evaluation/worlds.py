@@ -98,6 +98,24 @@ def score_future(
     return scores
 
 
+@torch.no_grad()
+def latent_l2(vae, generated: list[torch.Tensor], truth: list[torch.Tensor], count: int) -> dict:
+    """Mean squared difference between the latents of predicted frames and those of the true ones: {"mean", "low", "high", "count"}.
+
+    Args:
+        vae: a continuous `CosmosVideoTokenizer`; its normalised latents are compared, so independent ones differ by 2.
+        generated, truth: clips [3, T, H, W] in [-1, 1], with the `count` given frames, whose latent frames are left out.
+
+    As the paper's "latent L2" of action-conditioned models (Table 23), which does not say whose latents it took.
+    """
+    errors, start = [], vae.latent_frames(count) if count else 0
+    for pair in zip(generated, truth, strict=True):
+        videos = torch.stack([video.to(vae.device, vae.dtype) for video in pair])
+        a, b = vae.normalize(vae.encode(videos).latents)[:, :, start:].float()
+        errors.append((a - b).square().mean().cpu())
+    return mean_with_interval(torch.stack(errors))
+
+
 def summarise_futures(scores: list[dict[str, dict[str, torch.Tensor]]], horizons: tuple[int, ...] = (8, 16)) -> dict:
     """`score_future` of several batches -> {row: {"psnr": {"mean": {...}, "frame_8": {...}, ...}, ..., "motion": {...}}}.
 
