@@ -3,7 +3,8 @@
     python training/bundle_model.py --export runs/nano_video2world/export --clips datasets/tabletop/val_iid --clip 3 \\
         --target src/cosmos_hf/nano/nano-video2world
 
-An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16, without a clip.
+An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16. Its example holds what steers it, too: the clip's actions
+and cameras are in `example.npz`, and of several views each has its `example.<view>.mp4`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,34 +20,38 @@ from safetensors.torch import save_file
 from cosmos_hf import preflight
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.data.video import write_video
+from cosmos_hf.models.condition_adapters import RECORD
 from cosmos_hf.pipelines.loading import pipeline_class
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", required=True, help="folder of a pipeline or of an adapter")
-    parser.add_argument("--clips", help="held-out set that a pipeline's example comes from")
+    parser.add_argument("--clips", required=True, help="held-out set that the example comes from")
     parser.add_argument("--clip", type=int, default=0, help="its index there")
     parser.add_argument("--target", required=True)
     args = parser.parse_args(argv)
     export, target = Path(args.export), Path(args.target)
-    is_pipeline = (export / "model_index.json").exists()
-    if is_pipeline and not args.clips:
-        parser.error("a pipeline needs --clips for its example")
     shutil.rmtree(target, ignore_errors=True)
-    if is_pipeline:
-        num_frames = bundle_pipeline(export, target)
-        sample = ClipDataset(args.clips, num_frames=num_frames, random=False)[args.clip]
-        metadata = {"caption": sample["caption"], "clip": sample["key"]}
-        write_video(target / "example.mp4", sample["video"], sample["fps"], metadata, crf=12)
-    else:
-        bundle_adapter(export, target)
+    is_pipeline = (export / "model_index.json").exists()
+    told = bundle_pipeline(export, target) if is_pipeline else bundle_adapter(export, target)
+    views, steers = told.get("views"), told.get("names") or ()
+    sample = ClipDataset(args.clips, num_frames=told["num_frames"], random=False, views=views)[args.clip]
+    metadata = {"caption": sample["caption"], "clip": sample["key"]}
+    names = [f"example.{view}.mp4" for view in views] if views else ["example.mp4"]
+    for name, video in zip(names, sample["video"] if views else [sample["video"]], strict=True):
+        write_video(target / name, video, sample["fps"], metadata, crf=12)
+    arrays = {"actions": sample["actions"].numpy()} if "action" in steers else {}
+    if {"camera", "trajectory", "views"} & set(steers):
+        arrays |= {name: value.numpy() for name, value in sample["camera"].items()}
+    if arrays:
+        np.savez_compressed(target / "example.npz", **arrays)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"{target}: {size / 2**20:.1f} MiB")
 
 
-def bundle_pipeline(export: Path, target: Path) -> int:
-    """Returns the number of frames of its videos."""
+def bundle_pipeline(export: Path, target: Path) -> dict:
+    """Returns the settings of its calls."""
     pipe = pipeline_class(export).from_pretrained(export)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         if part is not None:
@@ -60,10 +66,11 @@ def bundle_pipeline(export: Path, target: Path) -> int:
         if file.exists():
             file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     preflight(target, record=True)
-    return pipe.config.num_frames
+    return dict(pipe.config)
 
 
-def bundle_adapter(export: Path, target: Path):
+def bundle_adapter(export: Path, target: Path) -> dict:
+    """Returns what `conditions.json` says of the run."""
     target.mkdir(parents=True)
     for file in export.iterdir():
         if file.suffix != ".safetensors":
@@ -72,6 +79,7 @@ def bundle_adapter(export: Path, target: Path):
         with safe_open(file, "pt") as stored:
             tensors = {key: stored.get_tensor(key).to(torch.bfloat16) for key in stored.keys()}  # noqa: SIM118
             save_file(tensors, target / file.name, stored.metadata())
+    return json.loads((target / RECORD).read_text())
 
 
 if __name__ == "__main__":

@@ -49,7 +49,11 @@ def test_every_way_of_giving_frames_is_drawn():
     assert set(first.flatten().tolist()) == {0, 1, 2} and 0.3 < equal.float().mean() < 0.9
     assert all(len(set(row.tolist()) - {0}) <= 1 for row in first)  # n frames or none
     assert draw_given_frames(50, 1, 5, 2, 1.0).max() == 2
-    assert set(draw_given_frames(200, 2, 5, 2, 0.0, least=1)[:, 0].tolist()) == {0, 1, 2}  # 0: half of the views of a sample
+    assert set(draw_given_frames(200, 2, 5, 2, 0.0, least=1)[:, 0].tolist()) == {
+        0,
+        1,
+        2,
+    }  # 0: half of the views of a sample
     assert (draw_given_frames(200, 2, 5, 1, 0.0, least=1) == 1).any(1).sum() > 150
     assert not (draw_given_frames(100, 3, 5, 2, 0.0) == 5).any()
 

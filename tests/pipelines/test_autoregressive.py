@@ -213,7 +213,9 @@ def test_save_and_load_in_a_fresh_process_and_the_script(with_text, plain, tmp_p
     main([*arguments[:-1], str(tmp_path / "placed.mp4"), "--num_frames", "13", "--preset", "80gb"])
     placed, plain_one = (read_video(tmp_path / name).frames for name in ("placed.mp4", "out.mp4"))
     assert torch.equal(placed, plain_one)
-    (tmp_path / "jobs.jsonl").write_text('{"num_frames": 9, "temperature": 0.5}\n{"num_frames": 9, "draft": "previous_frame"}\n')
+    (tmp_path / "jobs.jsonl").write_text(
+        '{"num_frames": 9, "temperature": 0.5}\n{"num_frames": 9, "draft": "previous_frame"}\n'
+    )
     main([*arguments[:-1], str(tmp_path / "many"), "--batch", str(tmp_path / "jobs.jsonl")])
     assert [read_video(path).frames.shape[1] for path in sorted((tmp_path / "many").iterdir())] == [9, 9]
     with pytest.raises(SystemExit):

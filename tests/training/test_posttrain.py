@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cosmos_hf.conditioning.action import BRIDGE, ActionSpec
 from cosmos_hf.conditioning.camera import CameraPath
+from cosmos_hf.data.annotated import read_actions
 from cosmos_hf.data.video import read_video, write_video
 from cosmos_hf.models.autoencoder_cosmos import CosmosVideoTokenizer
 from cosmos_hf.models.condition_adapters import GrownLinear
@@ -277,7 +278,9 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
     assert (kept.p_mean, kept.p_std) == (of_base.p_mean, of_base.p_std)
     assert (own.p_mean, own.p_std) == (2.5, of_base.p_std) and own.sigma_data == of_base.sigma_data
 
-    _, loss, dataset, batches, _ = assemble(make("camera", min_condition_frames=1, max_condition_frames=2, batch_size=64))
+    _, loss, dataset, batches, _ = assemble(
+        make("camera", min_condition_frames=1, max_condition_frames=2, batch_size=64)
+    )
     batch = batches.collate([dataset[0]] * 64)
     assert set(loss.draw_counts(batch).tolist()) == {1, 2}
 
@@ -289,7 +292,11 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
         (("depth",), {}, "conditions must be one or several of camera, action, trajectory, instruction, views"),
         ((), {}, "conditions must be one or several of"),
         (("camera",), dict(guidance_scale=1.0), "guidance_scale cannot be set in post-training: the base's are kept"),
-        (("camera",), dict(min_condition_frames=2), "min_condition_frames must be in 0..max_condition_frames, got 2 of 1"),
+        (
+            ("camera",),
+            dict(min_condition_frames=2),
+            "min_condition_frames must be in 0..max_condition_frames, got 2 of 1",
+        ),
         (("camera",), dict(lora_rank=-1), "lora_rank must be >= 0"),
         (
             ("camera",),
@@ -321,7 +328,9 @@ def test_mistakes_are_refused(make, conditions, more, message):
 def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path, hidden):
     trained = adapter_of(make("action", "camera", action_hidden_dim=hidden), tmp_path / "adapter")
     pipe.load_lora_weights(tmp_path / "adapter")
-    assert pipe.transformer.action_embed.offsets.linear_1.out_features == (hidden or 4 * trained.patch_embed.proj.weight.shape[0])
+    assert pipe.transformer.action_embed.offsets.linear_1.out_features == (
+        hidden or 4 * trained.patch_embed.proj.weight.shape[0]
+    )
     assert pipe.transformer.conditions == ("condition_mask", "camera", "actions")
     x, given = torch.randn(1, 16, 3, 4, 6), dict(condition_mask=torch.zeros(1, 1, 3, 4, 6))
     given |= dict(actions=torch.randn(1, 3, 28), camera=torch.randn(1, 6, 3, 4, 6))
@@ -501,6 +510,21 @@ def test_calls_take_what_an_adapter_was_trained_at(base, pipe, adapters, tmp_pat
         "fused adapters were trained at different fps ('camera' 10.0, 'slow' 2.0): the pipeline keeps" in caplog.text
     )
     assert pipe.config.fps == 5 and pipe.config.num_frames == 5
+
+
+def test_a_bundled_adapter_has_an_example_of_what_steers_it(pipe, adapters, data, tmp_path):
+    main = runpy.run_path(str(SCRIPT.with_name("bundle_model.py")))["main"]
+    for name in ("action", "camera", "instruction"):
+        main(["--export", str(adapters / name), "--clips", str(data), "--clip", "1", "--target", str(tmp_path / name)])
+    assert not (tmp_path / "instruction" / "example.npz").exists()
+    pipe.load_lora_weights(tmp_path / "action")
+    first = read_video(tmp_path / "action" / "example.mp4", num_frames=1).frames
+    actions = read_actions(tmp_path / "action" / "example.npz", 9)
+    assert actions.shape == (8, 7) and generate(pipe, image=first, actions=actions).shape[2] == 3
+    with np.load(tmp_path / "camera" / "example.npz") as archive:
+        assert archive["extrinsics"].shape == (9, 4, 4) and "actions" not in archive.files
+    stored = load_file(tmp_path / "camera" / "conditions.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
 
 
 def test_adapters_that_do_not_fit_are_refused(pipe, adapters, base, tmp_path):

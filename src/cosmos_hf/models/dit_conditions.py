@@ -91,7 +91,9 @@ def check_condition_config(config):
     if config.action_dim is not None and config.action_dim < 1:
         raise ValueError(f"action_dim must be None (no actions) or at least 1, got {config.action_dim}")
     if config.action_hidden_dim is not None and config.action_hidden_dim < 1:
-        raise ValueError(f"action_hidden_dim must be None (4 times the width) or at least 1, got {config.action_hidden_dim}")
+        raise ValueError(
+            f"action_hidden_dim must be None (4 times the width) or at least 1, got {config.action_hidden_dim}"
+        )
     if config.action_form not in ACTION_FORMS:
         raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {config.action_form!r}")
 

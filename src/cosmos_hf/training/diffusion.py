@@ -323,7 +323,9 @@ def validate(
     """Denoising error on every validation set, with 0 (or as few as in training), 1 and `max_condition_frames` frames given; the
     same draws each time."""
     device, figures, config = next(model.parameters()).device, {}, loss.config
-    given = {config.min_condition_frames, config.max_condition_frames} | ({1} if config.min_condition_frames < 1 else set())
+    given = {config.min_condition_frames, config.max_condition_frames} | (
+        {1} if config.min_condition_frames < 1 else set()
+    )
     given = sorted(given) if loss.takes_condition_mask else [0]
     for name, dataset in datasets.items():
         for count in given:

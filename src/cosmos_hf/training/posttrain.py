@@ -18,7 +18,13 @@ from ..conditioning.trajectory import NUM_POINTS, trajectory_points, trajectory_
 from ..conditioning.views import join_views, reference_view
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.condition_adapters import GrownLinear, added_columns, added_parts, has_condition
-from ..models.dit_conditions import ACTION_FORMS, CAMERA_CHANNELS, HOW_ACTIONS_ENTER, channel_columns, extend_conditions
+from ..models.dit_conditions import (
+    ACTION_FORMS,
+    CAMERA_CHANNELS,
+    HOW_ACTIONS_ENTER,
+    channel_columns,
+    extend_conditions,
+)
 from ..models.transformer_cosmos import CosmosWorldTransformer3D
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from .action_specs import reference_poses, without_range
