@@ -3,8 +3,8 @@
     python training/bundle_model.py --export runs/nano_video2world/export --clips datasets/tabletop/val_iid --clip 3 \\
         --target src/cosmos_hf/nano/nano-video2world
 
-An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16. Its example holds what steers it, too: the clip's actions
-and cameras are in `example.npz`, and of several views each has its `example.<view>.mp4`.
+An adapter (the export of `posttrain.py` with LoRA) is stored as it is, in bfloat16. Its example holds what steers it, too: the
+clip's actions and cameras are in `example.npz`, and of several views each has its `example.<view>.mp4`.
 """
 
 import argparse

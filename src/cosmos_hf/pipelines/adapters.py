@@ -136,7 +136,8 @@ class ConditionAdaptersMixin(CosmosLoraLoaderMixin):
         self._refuse_fused("a second fuse_lora could not be undone")
         if adapter_names and (left := sorted(self._weights.keys() - set(adapter_names))):
             raise ValueError(
-                f"{', '.join(left)} would not act beside fused adapters: fuse them too, or set_adapters({list(adapter_names)}) first"
+                f"{', '.join(left)} would not act beside fused adapters: fuse them too, or first call "
+                f"set_adapters({list(adapter_names)})"
             )
         super().fuse_lora(list(components), lora_scale=lora_scale, adapter_names=adapter_names, **kwargs)
         names = adapter_names or list(self._weights)
