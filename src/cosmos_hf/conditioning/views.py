@@ -59,8 +59,8 @@ def draw_given_frames(
     """How many latent frames of each view a training sample is given, [B, V]; from torch's global generator.
 
     As the published models were trained, the first n frames of every view, n uniform in `least`..`most`; but for half of the
-    samples of a random half of the views only. And in a share `whole_views` of the samples a random subset of the views, neither none nor
-    all, is given whole.
+    samples of a random half of the views only. And in a share `whole_views` of the samples a random subset of the views,
+    neither none nor all, is given whole.
     """
     first = torch.randint(least, most + 1, (batch, 1), device=device).expand(batch, views)
     every = torch.rand(batch, 1, device=device) < 0.5
