@@ -1,11 +1,14 @@
-"""What the bundled adapter and heads are for."""
+"""What the bundled adapters and heads are for."""
 
+import numpy as np
 import pytest
 import torch
 
-from cosmos_hf import CosmosAutoregressivePipeline, CosmosVideo2WorldPipeline, nano_path
+from cosmos_hf import CosmosAutoregressivePipeline, CosmosMultiViewPipeline, CosmosVideo2WorldPipeline, nano_path
 from cosmos_hf.conditioning.camera import CameraPath
 from cosmos_hf.conditioning.camera_paths import named_trajectory
+from cosmos_hf.conditioning.trajectory import trajectory_points
+from cosmos_hf.data.annotated import read_actions
 from cosmos_hf.data.video import read_video, to_float
 from cosmos_hf.models.medusa_cosmos import speculative_generate
 
@@ -31,6 +34,40 @@ def test_the_camera_adapter_follows_the_camera():
     assert left.fps == 10 and left.frames.shape == (1, 17, 3, 96, 128)
     change = (left.frames - right.frames).abs().mean((0, 2, 3, 4))
     assert change[0] < 0.01 and change[16] > change[4] > 2 * change[0]
+
+
+def test_the_action_adapter_follows_the_actions():
+    """What it expects is nearer to what happened with the actions that led there than with others, and than a still picture."""
+    pipe = CosmosVideo2WorldPipeline.from_pretrained(nano_path())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(nano_path("action"))
+    true = to_float(read_video(f"{nano_path('action')}/example.mp4").frames)
+    actions = read_actions(f"{nano_path('action')}/example.npz", 17)
+
+    def error(plan):
+        given = dict(video=first_frame("action"), prompt="", actions=plan, num_inference_steps=1, output_type="pt")
+        frames = pipe(**given, generator=torch.Generator().manual_seed(0)).frames[0].transpose(0, 1) * 2 - 1
+        return (frames - true).square().mean().item()
+
+    right, wrong = error(actions), error(actions * [-1, -1, 1, 1, 1, 1, 1])
+    still = (true[:, :1] - true).square().mean().item()
+    assert right < 0.75 * wrong and right < 0.6 * still
+
+
+def test_the_views_adapter_keeps_the_views_apart():
+    """Each view of what it expects is nearer to what its own camera saw than to what the others did."""
+    pipe, folder = CosmosMultiViewPipeline.from_pretrained(nano_path()), nano_path("views")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(folder)
+    true = {view: to_float(read_video(f"{folder}/example.{view}.mp4").frames) for view in pipe.views}
+    with np.load(f"{folder}/example.npz") as archive:
+        way = trajectory_points(torch.from_numpy(archive["extrinsics"][0]), fps=5)
+    first = {view: read_video(f"{folder}/example.{view}.mp4", num_frames=1).frames for view in pipe.views}
+    result = pipe(image=first, prompt="", actions=way, num_inference_steps=1, output_type="pt")
+    made = {view: frames[0].transpose(0, 1) * 2 - 1 for view, frames in result.frames.items()}
+    for view in pipe.views:
+        errors = {other: (made[view] - true[other]).square().mean().item() for other in pipe.views}
+        assert min(errors, key=errors.get) == view
 
 
 def test_medusa_heads_save_half_of_the_passes_and_change_nothing():

@@ -5,7 +5,10 @@ from pathlib import Path
 MODELS = {
     "video2world": "nano-video2world",
     "autoregressive": "nano-autoregressive-tabletop",
-    "camera": "nano-camera",  # an adapter of video2world
+    # adapters of video2world
+    "action": "nano-action",
+    "camera": "nano-camera",
+    "views": "nano-views",
 }
 
 
