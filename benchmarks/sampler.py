@@ -35,7 +35,6 @@ METHODS = {
     "res_2ab, angle": ("res_2ab", "angle"),
     "unipc, angle (default)": ("unipc", "angle"),
 }
-SIGMA_MIN = 0.002  # of the published samplers
 GUIDANCE = {
     "scale 0": (0, {}),
     "scale 1": (1, {}),
@@ -162,7 +161,9 @@ class Nano:
         self.pipe = CosmosVideo2WorldPipeline.from_pretrained(args.model)
         self.pipe.set_progress_bar_config(disable=True)
         # Its own sigma_min is 1, which is better for it, but only the karras grid heeds that: to the usual end all solve the same.
-        self.pipe.scheduler = CosmosEDMScheduler.from_config(self.pipe.scheduler.config, sigma_min=SIGMA_MIN)
+        self.pipe.scheduler = CosmosEDMScheduler.from_config(
+            self.pipe.scheduler.config, sigma_min=CosmosEDMScheduler().config.sigma_min
+        )
         config = self.pipe.config
         if args.data:
             clips = ClipDataset(args.data, num_frames=config.num_frames, random=False)

@@ -13,11 +13,11 @@ import argparse
 import torch
 
 from cosmos_hf import CosmosAutoregressivePipeline, nano_path
-from cosmos_hf.data.video import IMAGE_SUFFIXES
 from cosmos_hf.pipelines.scripting import (
     add_batch_argument,
     add_placing_arguments,
     file_checksum,
+    input_argument,
     load_pipeline,
     report,
     run_batch,
@@ -53,9 +53,10 @@ def main(argv=None):
         def make(args):
             if not args.input:
                 raise ValueError("input is missing")
-            kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
             result = pipe(
-                **{kind: args.input, "prompt": args.prompt, "draft": args.draft},
+                **input_argument(args.input),
+                prompt=args.prompt,
+                draft=args.draft,
                 **{name: getattr(args, name) for name in INTEGERS + NUMBERS},
                 use_diffusion_decoder=False if args.no_diffusion_decoder else None,
                 decoder_options=None if args.decoder_steps is None else dict(num_inference_steps=args.decoder_steps),

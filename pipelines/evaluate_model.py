@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -115,7 +116,6 @@ def load(args):
 def evaluate_set(pipe, name: str, path: str, args, perceptual, extractors: list) -> dict:
     samples = read_clips(pipe, path, args)
     given = [conditions_of_clip(pipe, sample) for sample in samples]
-    true = [to_float(sample["video"]) for sample in samples]
     true_paths = find_true_paths(pipe, name, samples, args)
     tokenizer = evaluate_reconstruction(reconstructor(pipe.vae), samples, perceptual, args.device)
     entry = {"clips": describe(pipe, name, samples), "tokenizer": tokenizer["summary"]}
@@ -126,16 +126,16 @@ def evaluate_set(pipe, name: str, path: str, args, perceptual, extractors: list)
         if true_paths is not None:
             row["poses"] = pose_figures(videos, samples, true_paths, count)
         if extractors:
-            made, real = ([v[:, count:] for v in kind] for kind in (videos, true))
-            row["frechet"] = compare_videos(extractors, made, real, args.device)
+            made, true = ([v[:, count:] for v in kind] for kind in (videos, [to_float(s["video"]) for s in samples]))
+            row["frechet"] = compare_videos(extractors, made, true, args.device)
         if pipe.vae.config.quantizer is None:
-            row["latent_l2"] = {"model": latent_l2(pipe.vae, videos, true, count)}
+            row["latent_l2"] = {"model": latent_l2(pipe.vae, videos, true_videos(samples), count)}
         if isinstance(pipe, CosmosAutoregressivePipeline):
             row["perplexity"] = perplexity(pipe, samples, given, count)
         if len(samples) > 1 and given[0]:
             videos, _ = futures(pipe, samples, [given[-1], *given[:-1]], count, args)
             if "latent_l2" in row:
-                row["latent_l2"]["exchanged"] = latent_l2(pipe.vae, videos, true, count)
+                row["latent_l2"]["exchanged"] = latent_l2(pipe.vae, videos, true_videos(samples), count)
             row["exchanged"] = score(videos, samples, count, sheet.with_name(f"{sheet.stem}-exchanged.png"))["model"]
         entry[f"from_{count}_frames"] = row
     if args.plans and len(samples) > 1 and given[0]:
@@ -169,6 +169,11 @@ def describe(pipe, name: str, samples: list[dict]) -> dict:
     if trained and abs(rate - trained) > 0.01 * trained:
         print(f"{name}: clips at {rate:g} fps, but the adapter was trained at {trained:g}; see --fps")
     return dict(count=len(samples), height=height, width=width, num_frames=frames, fps=rate)
+
+
+def true_videos(samples: list[dict]) -> Iterator[torch.Tensor]:
+    """[3, T, H, W] in [-1, 1] of one sample after the other: all at once take four times the memory of the samples."""
+    return (to_float(sample["video"]) for sample in samples)
 
 
 def reconstructor(vae):

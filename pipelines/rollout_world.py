@@ -13,12 +13,13 @@ import json
 from pathlib import Path
 
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
-from cosmos_hf.data.video import IMAGE_SUFFIXES, read_video
+from cosmos_hf.data.video import read_video
 from cosmos_hf.pipelines.rollout import HISTORIES, rollout
 from cosmos_hf.pipelines.scripting import (
     SAMPLING,
     add_generation_arguments,
     file_checksum,
+    input_argument,
     load_pipeline,
     provenance,
     report,
@@ -61,7 +62,7 @@ def main(argv=None):
         steering = steering_arguments(args, pipe)
         writer = open_writer(args.lerobot, pipe, args.fps, "actions" in steering) if args.lerobot else None
         if args.input:
-            source["image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"] = args.input
+            source |= input_argument(args.input)
             metadata["input_sha256"] = file_checksum(args.input)
         names = ("height", "width", "num_frames_per_chunk", "fps", "num_inference_steps", "guidance_scale", "overlap")
         names += (

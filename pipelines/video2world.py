@@ -12,13 +12,14 @@ carries the settings; pipelines/reproduce.py makes it again.
 import argparse
 
 from cosmos_hf import CosmosVideo2WorldPipeline, nano_path
-from cosmos_hf.data.video import FITS, IMAGE_SUFFIXES
+from cosmos_hf.data.video import FITS
 from cosmos_hf.pipelines.prompt_upsampler import upsample_argument
 from cosmos_hf.pipelines.scripting import (
     add_batch_argument,
     add_generation_arguments,
     call_arguments,
     file_checksum,
+    input_argument,
     load_pipeline,
     preview_arguments,
     report,
@@ -45,10 +46,9 @@ def main(argv=None):
         def make(args):
             if not args.input:
                 raise ValueError("input is missing")
-            kind = "image" if args.input.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
             prompts = upsample_argument(args, args.input)
             result = pipe(
-                **{kind: args.input},
+                **input_argument(args.input),
                 num_conditioning_frames=args.num_conditioning_frames,
                 fit=args.fit,
                 **call_arguments(args) | prompts.call | preview_arguments(args, pipe) | steering_arguments(args, pipe),

@@ -32,17 +32,23 @@ def main(argv=None):
     parser.add_argument("--target", required=True)
     args = parser.parse_args(argv)
     export, target = Path(args.export), Path(args.target)
-    shutil.rmtree(target, ignore_errors=True)
     is_pipeline = (export / "model_index.json").exists()
-    told = bundle_pipeline(export, target) if is_pipeline else bundle_adapter(export, target)
+    record = export / ("model_index.json" if is_pipeline else RECORD)
+    if not record.exists():
+        parser.error(
+            f"{export} has neither model_index.json, as a pipeline, nor {RECORD}, as an adapter with conditions"
+        )
+    told = json.loads(record.read_text())
     views, steers = told.get("views"), told.get("names") or ()
     sample = ClipDataset(args.clips, num_frames=told["num_frames"], random=False, views=views)[args.clip]
+    shutil.rmtree(target, ignore_errors=True)  # now that all that is needed could be read
+    (bundle_pipeline if is_pipeline else bundle_adapter)(export, target)
     metadata = {"caption": sample["caption"], "clip": sample["key"]}
     names = [f"example.{view}.mp4" for view in views] if views else ["example.mp4"]
     for name, video in zip(names, sample["video"] if views else [sample["video"]], strict=True):
         write_video(target / name, video, sample["fps"], metadata, crf=12)
     arrays = {"actions": sample["actions"].numpy()} if "action" in steers else {}
-    if {"camera", "trajectory", "views"} & set(steers):
+    if "camera" in sample and {"camera", "trajectory", "views"} & set(steers):
         arrays |= {name: value.numpy() for name, value in sample["camera"].items()}
     if arrays:
         np.savez_compressed(target / "example.npz", **arrays)
@@ -50,8 +56,7 @@ def main(argv=None):
     print(f"{target}: {size / 2**20:.1f} MiB")
 
 
-def bundle_pipeline(export: Path, target: Path) -> dict:
-    """Returns the settings of its calls."""
+def bundle_pipeline(export: Path, target: Path):
     pipe = pipeline_class(export).from_pretrained(export)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         if part is not None:
@@ -66,11 +71,9 @@ def bundle_pipeline(export: Path, target: Path) -> dict:
         if file.exists():
             file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     preflight(target, record=True)
-    return dict(pipe.config)
 
 
-def bundle_adapter(export: Path, target: Path) -> dict:
-    """Returns what `conditions.json` says of the run."""
+def bundle_adapter(export: Path, target: Path):
     target.mkdir(parents=True)
     for file in export.iterdir():
         if file.suffix != ".safetensors":
@@ -79,7 +82,6 @@ def bundle_adapter(export: Path, target: Path) -> dict:
         with safe_open(file, "pt") as stored:
             tensors = {key: stored.get_tensor(key).to(torch.bfloat16) for key in stored.keys()}  # noqa: SIM118
             save_file(tensors, target / file.name, stored.metadata())
-    return json.loads((target / RECORD).read_text())
 
 
 if __name__ == "__main__":

@@ -310,6 +310,11 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
             "'query' ends the name of no layer; a block has .*attn1.to_q",
         ),
         (("action",), dict(action_spec=""), "say what the actions mean: action_spec must be bridge, driving"),
+        (
+            ("camera",),
+            dict(action_hidden_dim=24),
+            "action_hidden_dim is of the MLPs of conditions: action or trajectory",
+        ),
         (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),
         (("action",), dict(action_form="as_written", max_condition_frames=2), "needs max_condition_frames 0 or 1"),
         (("camera",), dict(action_form="as_written"), "as_written is for conditions: action"),

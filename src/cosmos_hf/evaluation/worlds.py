@@ -7,6 +7,8 @@ would reach. With the simulator's masks as reference, on 17 frames of the table-
 ceiling is 0.68 to 0.76, at most 0.015 lower after noise of 30 dB, and a copied last frame has 0.06 to 0.17.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
@@ -99,14 +101,15 @@ def score_future(
 
 
 @torch.no_grad()
-def latent_l2(vae, generated: list[torch.Tensor], truth: list[torch.Tensor], count: int) -> dict:
+def latent_l2(vae, generated: Iterable[torch.Tensor], truth: Iterable[torch.Tensor], count: int) -> dict:
     """Mean squared difference between the latents of predicted frames and those of the true ones: {"mean", "low", "high", "count"}.
 
     Args:
         vae: a continuous `CosmosVideoTokenizer`; its normalised latents are compared, so independent ones differ by 2.
         generated, truth: clips [3, T, H, W] in [-1, 1], with the `count` given frames, whose latent frames are left out.
 
-    As the paper's "latent L2" of action-conditioned models (Table 23), which does not say whose latents it took.
+    As the paper's "latent L2" of action-conditioned models (Table 23), which does not say whose latents it took. ValueError for
+    different numbers of clips.
     """
     errors, start = [], vae.latent_frames(count) if count else 0
     for pair in zip(generated, truth, strict=True):

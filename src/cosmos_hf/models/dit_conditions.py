@@ -210,6 +210,7 @@ def check_shape(name: str, tensor: torch.Tensor, allowed: tuple):
 
 # ---- a base model with further conditions --------------------------------------------------------------------------
 
+HOW_ACTIONS_ENTER = ("action_form", "action_hidden_dim")  # of no effect without action_dim
 ADDABLE = (
     "camera_channels",
     "condition_channels",
@@ -218,10 +219,8 @@ ADDABLE = (
     "view_embed_dim",
     "frame_repeat_embed",
     "action_dim",
-    "action_form",
-    "action_hidden_dim",
+    *HOW_ACTIONS_ENTER,
 )
-HOW_ACTIONS_ENTER = ("action_form", "action_hidden_dim")  # of no effect without action_dim
 PARTS = ("condition_embed", "view_embed", "action_embed")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.video import contact_sheet, read_metadata, write_video
+from ..data.video import IMAGE_SUFFIXES, contact_sheet, read_metadata, write_video
 from ..schedulers.exponential_solvers import SOLVERS
 from ..schedulers.scheduling_edm_cosmos import GRIDS
 from .buckets import RATIOS
@@ -103,6 +103,11 @@ def call_arguments(args: argparse.Namespace) -> dict:
         generator=torch.Generator().manual_seed(args.seed),
         output_type="pt",
     )
+
+
+def input_argument(path: str) -> dict[str, str]:
+    """A file as the argument of a call that it is: {"image": path} or {"video": path}."""
+    return {"image" if path.lower().endswith(tuple(IMAGE_SUFFIXES)) else "video": path}
 
 
 def preview_arguments(args: argparse.Namespace, pipe) -> dict:

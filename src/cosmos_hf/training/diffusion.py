@@ -253,6 +253,8 @@ class DiffusionLoss:
 
     def __init__(self, config: DiffusionConfig, scheduler: CosmosEDMScheduler, takes_condition_mask: bool):
         self.config, self.scheduler, self.takes_condition_mask = config, scheduler, takes_condition_mask
+        if config.min_condition_frames and not takes_condition_mask:
+            raise ValueError("min_condition_frames: no frames can be given to this network; it is text-to-world")
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
         latents, device = batch["latents"], batch["latents"].device
@@ -320,13 +322,10 @@ class DiffusionLoss:
 def validate(
     model: WorldModel, loss: DiffusionLoss, texts: Texts, datasets: dict[str, LatentDataset], batch_size: int
 ) -> dict:
-    """Denoising error on every validation set, with 0 (or as few as in training), 1 and `max_condition_frames` frames given; the
-    same draws each time."""
-    device, figures, config = next(model.parameters()).device, {}, loss.config
-    given = {config.min_condition_frames, config.max_condition_frames} | (
-        {1} if config.min_condition_frames < 1 else set()
-    )
-    given = sorted(given) if loss.takes_condition_mask else [0]
+    """Denoising error on every validation set, with as few frames given as in training, 1 and as many; the same draws each time."""
+    device, figures = next(model.parameters()).device, {}
+    least, most = loss.config.min_condition_frames, loss.config.max_condition_frames
+    given = sorted({least, max(least, 1), most}) if loss.takes_condition_mask else [0]
     for name, dataset in datasets.items():
         for count in given:
             errors = []

@@ -114,6 +114,10 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     def _check_action_form(self):
         if self.action_form not in ACTION_FORMS:
             raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {self.action_form!r}")
+        if self.action_hidden_dim and not {"action", "trajectory"} & set(self.conditions):
+            raise ValueError(
+                "action_hidden_dim is of the MLPs of conditions: action or trajectory, which this run has not"
+            )
         if self.action_form == "intended":
             return
         if "action" not in self.conditions:
