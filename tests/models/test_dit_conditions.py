@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cosmos_hf.models.dit_conditions import add_conditions
+from cosmos_hf.models.dit_conditions import TextRefiner, add_conditions
 from cosmos_hf.models.dit_layers import sincos_positions
 from cosmos_hf.models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
 
@@ -145,6 +145,7 @@ def test_views_must_fill_the_time_axis():
         (dict(frame_repeat_embed=True), "frame_repeat_embed needs view_embed_dim"),
         (dict(action_dim=0), "action_dim must be None"),
         (dict(action_dim=5, action_hidden_dim=0), "action_hidden_dim must be None"),
+        (dict(text_refiner_layers=-1), "text_refiner_layers must be 0"),
         (dict(action_form="typo"), "action_form must be one of intended, as_written"),
         (dict(extra_pos_embed_type="typo"), "must be None, 'learnable' or 'sincos'"),
     ],
@@ -279,6 +280,33 @@ def test_new_conditions_start_without_effect(name):
     changed = {**given, name: torch.zeros_like(given[name])}
     assert (run(model, given) - run(model, changed)).abs().max() > 1e-6  # and it learns from them
     assert torch.equal(run(base, plain_inputs()), run(add_conditions(base, **ADDED[name]), given))
+
+
+def test_a_text_refiner_starts_without_effect_and_learns():
+    base = randomized(make())
+    model = add_conditions(base, text_refiner_layers=2)
+    given = plain_inputs()
+    assert torch.equal(run(model, given), run(base, given)) and model.conditions == base.conditions
+    model(**given).sample.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    before = run(base, given), run(model, given)
+    assert (before[0] - before[1]).abs().max() > 1e-6
+    prepared = model.prepare_text(given["encoder_hidden_states"])
+    torch.testing.assert_close(run(model, given, encoder_hidden_states=prepared), before[1])
+    named = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("text_refiner")}
+    assert named == {"norm_in", "blocks", "norm_out", "proj_out"}
+
+
+def test_a_text_refiner_reads_words_in_their_order_and_nothing_past_the_end():
+    refiner = randomized(TextRefiner(64, 2))
+    text = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    text[:, 6:] = 0
+    with torch.no_grad():
+        out, shorter, none = refiner(text), refiner(text[:, :7]), refiner(torch.zeros(1, 4, 64))
+        moved = refiner(text[:, [1, 0, *range(2, 9)]])
+    assert out[:, 6:].abs().max() == 0 and none.abs().max() == 0
+    torch.testing.assert_close(shorter[:, :6], out[:, :6])
+    assert (moved[:, [1, 0]] - out[:, :2]).abs().max() > 1e-3
 
 
 def test_several_conditions_and_a_mask_are_added_at_once(tmp_path):

@@ -315,6 +315,7 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
             dict(action_hidden_dim=24),
             "action_hidden_dim is of the MLPs of conditions: action or trajectory",
         ),
+        (("camera",), dict(text_refiner_layers=1), "text_refiner_layers .* is of conditions: instruction"),
         (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),
         (("action",), dict(action_form="as_written", max_condition_frames=2), "needs max_condition_frames 0 or 1"),
         (("camera",), dict(action_form="as_written"), "as_written is for conditions: action"),
@@ -343,6 +344,27 @@ def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path, hidden
     with torch.no_grad():
         expected, result = trained(*inputs, **given).sample, pipe.transformer(*inputs, **given).sample
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_may_read_the_text_once_more(make, pipe, tmp_path):
+    plain = generate(pipe)
+    trained = adapter_of(make("instruction", text_refiner_layers=1), tmp_path / "adapter")
+    inputs = torch.randn(1, 16, 3, 4, 6), torch.zeros(1), torch.randn(1, 5, 32)
+    mask = dict(condition_mask=torch.zeros(1, 1, 3, 4, 6))
+    pipe.load_lora_weights(tmp_path / "adapter", adapter_name="told")
+    with torch.no_grad():
+        expected, result = trained(*inputs, **mask).sample, pipe.transformer(*inputs, **mask).sample
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    adapted = generate(pipe)
+    assert (adapted - plain).abs().max() > 1e-2
+    pipe.fuse_lora()
+    torch.testing.assert_close(generate(pipe), adapted, atol=1e-3, rtol=1e-3)
+    pipe.unfuse_lora()
+    pipe.set_adapters("told", 0.0)
+    torch.testing.assert_close(generate(pipe), plain, atol=1e-4, rtol=1e-4)
+    pipe.unload_lora_weights()
+    assert pipe.transformer.text_refiner is None and pipe.transformer.config.text_refiner_layers == 0
+    torch.testing.assert_close(generate(pipe), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_pipeline_adds_up_actions_as_the_training_did(make, pipe, data, tmp_path):

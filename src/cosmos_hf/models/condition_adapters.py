@@ -42,7 +42,12 @@ BASE_FIELDS = (
     "extra_pos_embed_type",
 )
 _ADDED_COLUMNS = {"camera_channels": "camera", "condition_channels": "condition", "view_embed_dim": "views"}
-_NEW_PARTS = {"action_dim": "action_embed", "view_embed_dim": "view_embed", "condition_vocab_size": "condition_embed"}
+_NEW_PARTS = {
+    "action_dim": "action_embed",
+    "view_embed_dim": "view_embed",
+    "condition_vocab_size": "condition_embed",
+    "text_refiner_layers": "text_refiner",
+}
 
 
 class GrownLinear(nn.Module):
@@ -207,4 +212,4 @@ def added_weights(model, changes: dict) -> dict[str, torch.Tensor]:
 
 def _is_output(name: str) -> bool:
     """Whether a condition of a diffusion model acts in proportion to this weight."""
-    return name.startswith(COLUMNS) or ".linear_2." in f".{name}"
+    return name.startswith((COLUMNS, "text_refiner.proj_out.")) or ".linear_2." in f".{name}"

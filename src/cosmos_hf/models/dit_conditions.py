@@ -1,7 +1,8 @@
 """Conditions of the diffusion transformer besides text (arXiv 2501.03575, sections 5.1.3, 6.1 to 6.3, and 5.2 for tokens).
 
 They enter by three doors: as channels beside the latents (given frames, camera rays, tokens, views), through the noise level's
-embedding (actions), or as a time axis that holds several views. All are off in a plain config.
+embedding (actions), or as a time axis that holds several views. Text, which every model reads, may be read more closely
+(`TextRefiner`). All are off in a plain config.
 
 Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width, D width.
 """
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -73,6 +76,42 @@ class ActionEmbedding(nn.Module):
         return self.sinusoid(actions) if self.form == "intended" else None, self.offsets(actions)
 
 
+class TextRefiner(nn.Module):
+    """Reads what the frozen text encoder wrote once more and adds what it finds: [B, M, D] -> [B, M, D].
+
+    It learns with the world model what its encoder does not tell, such as which of the named things is to be moved. Vectors that
+    are zero, past a text's end, stay zero and are not attended. The last layer starts at zero: the text is what it was.
+    """
+
+    HEAD_DIM = 32
+
+    def __init__(self, width: int, num_layers: int):
+        super().__init__()
+        heads = max(1, width // self.HEAD_DIM)
+        self.norm_in = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(width, heads, self.HEAD_DIM, activation_fn="gelu-approximate", attention_bias=True)
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, width)
+        self.start_at_zero()
+
+    def start_at_zero(self):
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        told = text.any(dim=-1, keepdim=True)  # [B, M, 1]
+        # finite, so that a text without words has a softmax too
+        bias = torch.zeros_like(text[..., 0]).masked_fill(~told[..., 0], -1e4)[:, None]  # [B, 1, M]
+        places = torch.arange(text.shape[1], device=text.device)
+        x = self.norm_in(text) + get_timestep_embedding(places, text.shape[-1]).to(text)
+        for block in self.blocks:
+            x = block(x, attention_mask=bias)
+        return text + self.proj_out(self.norm_out(x)).to(text) * told
+
+
 def check_condition_config(config):
     """Refuse a config whose conditions contradict each other or the channels of the input."""
     extra = config.in_channels - config.out_channels - config.camera_channels - config.condition_channels
@@ -94,6 +133,8 @@ def check_condition_config(config):
         raise ValueError(
             f"action_hidden_dim must be None (4 times the width) or at least 1, got {config.action_hidden_dim}"
         )
+    if config.text_refiner_layers < 0:
+        raise ValueError(f"text_refiner_layers must be 0 (none) or more, got {config.text_refiner_layers}")
     if config.action_form not in ACTION_FORMS:
         raise ValueError(f"action_form must be one of {', '.join(ACTION_FORMS)}, got {config.action_form!r}")
 
@@ -219,9 +260,11 @@ ADDABLE = (
     "view_embed_dim",
     "frame_repeat_embed",
     "action_dim",
+    "text_refiner_layers",
     *HOW_ACTIONS_ENTER,
 )
-PARTS = ("condition_embed", "view_embed", "action_embed")
+PARTS = ("condition_embed", "view_embed", "action_embed", "text_refiner")
+_STARTED_AT_ZERO = (_ActionMLP, TextRefiner)
 
 
 def condition_parts(config, hidden_size: int) -> dict[str, nn.Module | None]:
@@ -234,6 +277,8 @@ def condition_parts(config, hidden_size: int) -> dict[str, nn.Module | None]:
     if config.action_dim is not None:
         how = config.action_form, config.action_hidden_dim
         parts["action_embed"] = ActionEmbedding(config.action_dim, hidden_size, *how)
+    if config.text_refiner_layers:
+        parts["text_refiner"] = TextRefiner(config.text_embed_dim, config.text_refiner_layers)
     return parts
 
 
@@ -300,10 +345,15 @@ def _started(part: nn.Module) -> nn.Module:
     for module in part.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-    for module in part.modules():
-        if isinstance(module, _ActionMLP):
-            module.start_at_zero()
+    start_at_zero(part)
     return part
+
+
+def start_at_zero(module: nn.Module):
+    """Of all parts within that add to what was there: they add nothing yet."""
+    for part in module.modules():
+        if isinstance(part, _STARTED_AT_ZERO):
+            part.start_at_zero()
 
 
 def channel_columns(config, patch_size: tuple[int, int, int]) -> dict[str, slice]:

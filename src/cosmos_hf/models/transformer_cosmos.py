@@ -23,6 +23,7 @@ from .dit_conditions import (
     check_condition_config,
     check_shape,
     condition_parts,
+    start_at_zero,
     with_condition_channels,
 )
 from .dit_layers import (
@@ -114,6 +115,7 @@ class CosmosWorldTransformer3D(
         action_dim: width of an action; None is none.
         action_form: "intended", or "as_written" for checkpoints of the published training code (`ActionEmbedding`).
         action_hidden_dim: width within the actions' MLPs; None is 4 times that of the network, as published.
+        text_refiner_layers: layers that read the text once more before the blocks do (`TextRefiner`); 0 is none.
         num_views: views that the time and text axes hold, each with its own positions and its own text.
         view_embed_dim: channels that tell the views apart; 0 is none.
         frame_repeat_embed: whether these channels also hold how often a view's frame repeats (`frame_repeat`).
@@ -126,6 +128,7 @@ class CosmosWorldTransformer3D(
     # parts that keep their precision where the weights are stored in less
     _skip_layerwise_casting_patterns = (
         *("patch_embed", "condition_embed", "view_embed", "action_embed", "time_embed", "learnable_pos_embed"),
+        "text_refiner",
         *("norm1", "norm2", "norm3", "norm_out", "proj_out"),
     )
 
@@ -151,6 +154,7 @@ class CosmosWorldTransformer3D(
         action_dim: int | None = None,
         action_form: str = "intended",
         action_hidden_dim: int | None = None,
+        text_refiner_layers: int = 0,
         num_views: int = 1,
         view_embed_dim: int = 0,
         frame_repeat_embed: bool = False,
@@ -214,9 +218,7 @@ class CosmosWorldTransformer3D(
         for module in self.modules():
             if isinstance(module, AdaptiveLayerNorm):
                 nn.init.zeros_(module.linear_2.weight)
-        if self.action_embed is not None:
-            self.action_embed.sinusoid.start_at_zero()
-            self.action_embed.offsets.start_at_zero()
+        start_at_zero(self)
         for linear in self.time_embed.t_embedder.children():
             nn.init.normal_(linear.weight, std=0.02)
         if self.learnable_pos_embed is not None:
@@ -328,7 +330,7 @@ class CosmosWorldTransformer3D(
         block and text position in a 16-bit precision: 235 MB for the published 7B models.
         """
         batch, views = len(encoder_hidden_states), self._check_views(num_views)
-        text = self._split_text(encoder_hidden_states, batch, views).to(self.time_embed.norm.weight.dtype)
+        text = self._read_text(encoder_hidden_states, batch, views)
         return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
     @property
@@ -341,14 +343,18 @@ class CosmosWorldTransformer3D(
 
     def _texts_of_blocks(self, text, batch: int, views: int) -> list:
         if isinstance(text, torch.Tensor):
-            text = self._split_text(text, batch, views).to(self.time_embed.norm.weight.dtype)
-            return [text] * len(self.transformer_blocks)
+            return [self._read_text(text, batch, views)] * len(self.transformer_blocks)
         if len(text) != len(self.transformer_blocks) or len(text[0].key) != batch * views:
             raise ValueError(
                 f"encoder_hidden_states holds keys and values of {len(text)} blocks and {len(text[0].key)} texts, this call "
                 f"has {len(self.transformer_blocks)} blocks and {batch * views} texts: prepare_text makes them"
             )
         return text
+
+    def _read_text(self, text: torch.Tensor, batch: int, views: int) -> torch.Tensor:
+        """[B, V * M, D] -> [B * V, M, D] as the blocks read it."""
+        text = self._split_text(text, batch, views).to(self.time_embed.norm.weight.dtype)
+        return text if self.text_refiner is None else self.text_refiner(text)
 
     def _extra_positions(self, grid: tuple[int, int, int], device) -> torch.Tensor | None:
         if self.sincos_pos_embed is not None:

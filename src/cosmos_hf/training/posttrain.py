@@ -86,6 +86,12 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     action_hidden_dim: int = field(
         default=0, metadata={"help": "width within the actions' MLPs; 0: 4 times the network's, as published"}
     )
+    text_refiner_layers: int = field(
+        default=0,
+        metadata={
+            "help": "layers that read the text once more and are learned; for a base whose text encoder tells too little"
+        },
+    )
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
@@ -105,6 +111,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         if {"action", "trajectory"} <= set(self.conditions):
             raise ValueError("action and trajectory enter the network by the same door: learn one of them")
         self._check_action_form()
+        if self.text_refiner_layers < 0 or (self.text_refiner_layers and "instruction" not in self.conditions):
+            raise ValueError("text_refiner_layers must be 0 or more, and is of conditions: instruction")
         settings = pipeline_settings(self.init_from)
         if settings:
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
@@ -242,6 +250,8 @@ def config_changes(config: PosttrainConfig, action_dim: int | None) -> dict:
     if action_dim is not None:
         changes |= {"action_dim": action_dim, "action_form": config.action_form}
         changes |= {"action_hidden_dim": config.action_hidden_dim} if config.action_hidden_dim else {}
+    if config.text_refiner_layers:
+        changes["text_refiner_layers"] = config.text_refiner_layers
     if "views" in config.conditions:
         changes |= {"num_views": len(config.views), "view_embed_dim": VIEW_EMBED_DIM}
     return changes
