@@ -272,6 +272,29 @@ def test_dropped_conditions_are_not_seen(make):
     assert torch.equal(*losses)
 
 
+def test_what_moves_may_count_more(make):
+    _, plain, dataset, batches, _ = assemble(make("camera", learned_uncertainty=False))
+    _, moved, *_ = assemble(make("camera", motion_weight=4.0, learned_uncertainty=False))
+    latents = batches.collate([dataset[4]])["latents"]
+    latents[..., :3] = latents[:, :, :1, :, :3]  # the left half stands still
+    weights = moved.weights(latents)
+    assert plain.weights(latents) is None and weights.mean() == pytest.approx(1)
+    still, moving = weights[..., :3], weights[:, :, 1:, :, 3:]
+    assert still.max() == weights[:, :, 0].max() == weights.min() and moving.max() / weights.min() > 2
+
+    sigma, wrong = torch.ones(1), latents.clone()
+    wrong[..., 3:] += 1  # where things move
+    losses = [moved.scheduler.loss(wrong, latents, sigma, weights=w) for w in (weights, None)]
+    assert losses[0] > 1.2 * losses[1]
+    batch = batches.collate([dataset[4]])
+    errors = []
+    for loss in (moved, plain):
+        torch.manual_seed(0)
+        network = lambda hidden_states, *_, **__: (torch.zeros_like(hidden_states), None)  # noqa: E731
+        errors.append(loss.losses(network, batch, None, torch.ones(1))[0])
+    assert not torch.allclose(*errors)
+
+
 def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
     of_base = CosmosEDMScheduler.from_pretrained(base, subfolder="scheduler").config
     kept, own = build_scheduler(make("camera")).config, build_scheduler(make("camera", p_mean=2.5)).config
@@ -315,6 +338,7 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
             dict(action_hidden_dim=24),
             "action_hidden_dim is of the MLPs of conditions: action or trajectory",
         ),
+        (("camera",), dict(motion_weight=-1.0), "motion_weight must be 0"),
         (("camera",), dict(text_refiner_layers=1), "text_refiner_layers .* is of conditions: instruction"),
         (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),
         (("action",), dict(action_form="as_written", max_condition_frames=2), "needs max_condition_frames 0 or 1"),

@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 
+from cosmos_hf.worlds import tabletop_instructions
 from cosmos_hf.worlds.captions import caption, direction_in_view, with_article
 from cosmos_hf.worlds.tabletop import intrinsics, simulate, world_to_camera
 from cosmos_hf.worlds.tabletop_scene import ObjectSpec, SceneSpec, camera_pose
@@ -101,3 +102,15 @@ def test_simulated_captions_name_the_target():
         episode = simulate("train", index, renderer=None)
         if episode.kind in ("pick", "push"):
             assert episode.scene.objects[episode.target].name in episode.caption
+
+
+def test_told_what_to_do_the_robot_does_nothing_else():
+    """In the scene of the plain world, with no word of what stands beside the object."""
+    for index in range(4):
+        told = tabletop_instructions.simulate("val_combo", index, renderer=None)
+        plain = simulate("val_combo", index, renderer=None)
+        assert told.scene == plain.scene and told.kind in ("pick", "push")
+        assert told.scene.objects[told.target].name in told.caption
+        assert not any(
+            thing.name in told.caption for thing in told.scene.objects if thing.name != told.scene.objects[0].name
+        )

@@ -243,14 +243,16 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         latents: torch.Tensor,
         sigma: torch.Tensor,
         log_variance: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Weighted squared error per sample, [B], averaged over all elements (given frames count as zero error).
 
         With the uncertainty head's `log_variance` u [B] it is error * exp(-u) + u, so that no noise level dominates
-        (EDM2, arXiv 2312.02696, equation 21).
+        (EDM2, arXiv 2312.02696, equation 21). `weights`, that broadcast to the latents, tell how much each element counts.
         """
         latents = _at_least_float32(latents)
-        error = (denoised.to(latents) - latents).square().flatten(1).mean(1)
+        error = (denoised.to(latents) - latents).square()
+        error = (error if weights is None else error * weights).flatten(1).mean(1)
         loss = self.loss_weight(sigma.to(latents)) * error
         return loss if log_variance is None else loss * (-log_variance).exp() + log_variance
 

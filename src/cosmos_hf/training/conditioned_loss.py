@@ -15,6 +15,7 @@ from .cache import LatentDataset
 from .diffusion import DiffusionLoss, WorldModel, validate
 
 INPUTS = {"camera": "camera", "action": "actions", "trajectory": "actions", "instruction": "text", "views": "latents"}
+CHANGE = 0.1  # share of the latents' variance that makes half a motion
 ZEROED = ("actions", "camera")  # by `condition_dropout`, where a batch has them
 
 
@@ -33,6 +34,15 @@ class ConditionedLoss(DiffusionLoss):
         least, most = config.min_condition_frames, config.max_condition_frames
         frames, device = latents.shape[2] // views, latents.device
         return draw_given_frames(len(latents), views, frames, most, config.whole_views, device, least)
+
+    def weights(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """[B, 1, T', H', W'], of mean 1: `motion_weight` times more where the latents are far from their view's first frame."""
+        if not self.config.motion_weight:
+            return None
+        views = latents.unflatten(2, (len(self.config.views) or 1, -1))  # [B, C, V, T, H', W']
+        change = (views - views[:, :, :, :1]).square().mean(1, keepdim=True).flatten(2, 3)
+        weights = 1 + self.config.motion_weight * change / (change + CHANGE * self.scheduler.config.sigma_data**2)
+        return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
     def draw_views(self, batch: dict) -> dict:
         """The batch with `views_per_step` of its views, in their order; rays as a call of those views has them."""

@@ -309,7 +309,12 @@ class DiffusionLoss:
             return output
 
         denoised = scheduler.denoise(network, noisy, sigma, condition)
-        return scheduler.loss(denoised, latents, sigma), log_variance, sigma
+        weights = self.weights(latents)
+        return scheduler.loss(denoised, latents, sigma, weights=weights), log_variance, sigma
+
+    def weights(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """How much each element of latents [B, C, T', H', W'] counts in the error; None: all the same."""
+        return None
 
     def _by_band(self, plain: torch.Tensor, sigma: torch.Tensor) -> dict:
         """Mean error in each band of noise; NaN, which the log leaves out, where the batch has none there."""

@@ -95,6 +95,12 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
+    motion_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "count the error so many times more where something moves: what is told moves little of a picture"
+        },
+    )
     p_mean: float | None = field(default=None, metadata={"help": "mean of ln(sigma); none: the base's"})
     p_std: float | None = field(default=None, metadata={"help": "spread of ln(sigma); none: the base's"})
     num_frames: int = field(default=0, metadata={"help": "length of a window in pixel frames; 0: the base's"})
@@ -111,6 +117,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         if {"action", "trajectory"} <= set(self.conditions):
             raise ValueError("action and trajectory enter the network by the same door: learn one of them")
         self._check_action_form()
+        if self.motion_weight < 0:
+            raise ValueError(f"motion_weight must be 0 (all counts the same) or more, got {self.motion_weight}")
         if self.text_refiner_layers < 0 or (self.text_refiner_layers and "instruction" not in self.conditions):
             raise ValueError("text_refiner_layers must be 0 or more, and is of conditions: instruction")
         settings = pipeline_settings(self.init_from)

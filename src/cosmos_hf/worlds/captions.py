@@ -38,8 +38,9 @@ def caption(
     gripper: np.ndarray,
     camera_axes: np.ndarray,
     rng: np.random.Generator,
+    beside: bool = True,
 ) -> str:
-    """One sentence of what happened: who, which object, where to, and sometimes what stands beside it.
+    """One sentence of what happened: who, which object, where to, and with `beside` sometimes what stands beside it.
 
     `kind`: "pick", "push", "random" or "plan"; `positions` [T, N, 3] of the objects and `gripper` [T, 3], metres in the
     world; `camera_axes` as `camera_pose` gives them.
@@ -69,5 +70,5 @@ def caption(
         if lengths[hit] > MOVED:
             target, text = hit, f"bumps into the {scene.objects[hit].name}"
     others = [with_article(thing.name) for i, thing in enumerate(scene.objects) if i != target]
-    beside = f", next to {' and '.join(others)}" if others and rng.random() < 0.7 else ""
-    return f"{subject} {text}{beside}."
+    neighbours = f", next to {' and '.join(others)}" if beside and others and rng.random() < 0.7 else ""
+    return f"{subject} {text}{neighbours}."

@@ -21,10 +21,16 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from . import driving, driving_front, rooms, tabletop
+from . import driving, driving_front, rooms, tabletop, tabletop_instructions
 from .render import choose_renderer, mujoco, restart_filament
 
-WORLDS = {"tabletop": tabletop, "rooms": rooms, "driving": driving, "driving_front": driving_front}
+WORLDS = {
+    "tabletop": tabletop,
+    "tabletop_instructions": tabletop_instructions,
+    "rooms": rooms,
+    "driving": driving,
+    "driving_front": driving_front,
+}
 
 
 def render_split(

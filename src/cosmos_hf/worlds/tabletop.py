@@ -16,6 +16,7 @@ VERSION = 2  # of the simulated content: raised when equal arguments give other 
 SPLITS = ("train", "val_iid", "val_combo", "val_style", "val_view", "val_counterfactual")
 FPS, HEIGHT, WIDTH, NUM_FRAMES, FOV_Y = 5, 96, 128, 33, 48.0
 KINDS, KIND_SHARES = ("pick", "push", "random"), (0.45, 0.35, 0.20)
+TOLD_SHARES = (0.55, 0.45, 0.0)  # where every clip follows an instruction
 # What the arm does in the counterfactual split, from one start state: [x, y, z, roll, pitch, yaw, gripper] a step.
 PLANS = {
     "left": (0, 0.03, -0.004, 0, 0, 0, 1),
@@ -223,10 +224,18 @@ class Policy:
         return np.concatenate([self._velocity[:3] + 0.12 * pull, self._velocity[3:], [self._grip]])
 
 
-def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False) -> Episode:
+def simulate(
+    split: str,
+    index: int,
+    seed: int = 0,
+    renderer: str | None = "filament",
+    masks: bool = False,
+    instructions: bool = False,
+) -> Episode:
     """Clip `index` of a split, a pure function of its arguments but for Filament's dithering (`render.restart_filament`).
 
     `renderer`: "filament", "classic", or None for no pictures (frames of zeros). `masks`: render the segmentation too.
+    `instructions`: always pick or push, and say nothing else (`tabletop_instructions`).
     """
     plan = None
     scene_index = index
@@ -237,7 +246,7 @@ def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "fila
     scene = sample_scene(rng, split)
     model = build_model(scene)
     robot = Robot(model)
-    kind = "plan" if plan else str(rng.choice(KINDS, p=KIND_SHARES))
+    kind = "plan" if plan else str(rng.choice(KINDS, p=TOLD_SHARES if instructions else KIND_SHARES))
     # Object 0 of val_combo is the held-out pair.
     policy = None if plan else Policy(robot, kind, rng, target=0 if split == "val_combo" else None)
     take = _Camera(model, renderer, masks)
@@ -253,7 +262,7 @@ def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "fila
     return Episode(
         scene=scene,
         kind=kind,
-        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng),
+        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng, not instructions),
         frames=np.array(take.frames),
         states=states,
         actions=actions_from_states(states),

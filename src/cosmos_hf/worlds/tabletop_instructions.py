@@ -1,0 +1,14 @@
+"""The table-top world as a robot is told what to do there: it picks or pushes in every clip, and captions say that alone, not what
+stands beside it. The one object named is the one meant, which a small model learns sooner."""
+
+from . import tabletop
+from .tabletop import FPS, HEIGHT, NUM_FRAMES, VERSION, WIDTH, Episode
+
+__all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
+
+SPLITS = tuple(split for split in tabletop.SPLITS if split != "val_counterfactual")  # whose plans nobody is told
+
+
+def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False) -> Episode:
+    """In the same scene as `tabletop.simulate` with the same arguments."""
+    return tabletop.simulate(split, index, seed, renderer, masks, instructions=True)
