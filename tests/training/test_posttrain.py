@@ -82,9 +82,9 @@ def assemble(config):
     torch.manual_seed(0)
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
     dataset, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
-    captions = [caption for part in validation.values() for caption in part.captions]
+    captions = [caption for part in validation.values() for caption in part.texts]
     batches = ConditionBatches(
-        config, Texts(config, dataset.captions, captions), vae, find_action_spec(config, dataset)
+        config, Texts(config, dataset.texts, captions), vae, find_action_spec(config, dataset)
     )
     model = build_model(config, batches.action_dim)
     loss = ConditionedLoss(config, build_scheduler(config), model.transformer.takes_condition_mask)
@@ -295,6 +295,54 @@ def test_what_moves_may_count_more(make):
     assert not torch.allclose(*errors)
 
 
+def told(data, folder, alternatives):
+    """The clips with what else their captions could have said."""
+    for path in data.glob("*.mp4"):
+        (folder / path.name).write_bytes(path.read_bytes())
+        record = {"caption": path.with_suffix(".txt").read_text(), "alternatives": alternatives}
+        path = folder / path.with_suffix(".json").name
+        path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+    return [str(folder)]
+
+
+def test_another_text_is_made_to_matter(make, data, tmp_path):
+    """The error's gradient with another text in the same noise is that of the same sum, and it stops at the margin."""
+    config = make("instruction", data=told(data, tmp_path, ["the blue ball"]), contrast=2.0, learned_uncertainty=False)
+    model, loss, dataset, batches, _ = assemble(config)
+    assert dataset[0]["alternatives"] == ["the blue ball"] and "the blue ball" in dataset.texts
+    batch, keep = batches.collate([dataset[i] for i in range(3)]), torch.ones(3)
+    assert not torch.equal(batch["text"], batch["other_text"])
+    counts = loss.equal_counts(batch, 1)
+    errors = []
+    for text in (batch["text"], batch["other_text"]):
+        torch.manual_seed(0)
+        errors.append(loss.losses(model, batch | {"text": text}, counts, keep)[0])
+    torch.manual_seed(0)
+    total, logs = loss.objective(model, batch, counts, keep)
+    own, other = errors
+    expected = own + 2 * (1.1 * own - other).clamp(min=0)
+    torch.testing.assert_close(total, expected.mean())
+    assert logs["contrast_ratio"] == pytest.approx(float(other.sum() / own.sum()), rel=1e-5)
+    untold = loss.objective(model, batch, counts, 0 * keep)[0]  # of dropped texts nothing is asked
+    torch.manual_seed(0)
+    assert torch.isfinite(untold)
+    far = batch | {"other_text": 100 * batch["other_text"]}
+    for parameter in model.transformer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.manual_seed(0)
+    assert loss.objective(model, far, counts, keep)[1]["contrast_ratio"] != pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "message"),
+    [(None, "the clip has no alternatives"), ("red", "'alternatives' in 0.json must be a list of texts, got 'red'")],
+)
+def test_contrast_needs_alternatives(make, data, tmp_path, alternatives, message):
+    with pytest.raises(ValueError, match=message):
+        assemble(make("instruction", data=told(data, tmp_path, alternatives), contrast=1.0))
+
+
 def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
     of_base = CosmosEDMScheduler.from_pretrained(base, subfolder="scheduler").config
     kept, own = build_scheduler(make("camera")).config, build_scheduler(make("camera", p_mean=2.5)).config
@@ -338,6 +386,7 @@ def test_a_run_may_have_noise_levels_and_given_frames_of_its_own(make, base):
             dict(action_hidden_dim=24),
             "action_hidden_dim is of the MLPs of conditions: action or trajectory",
         ),
+        (("camera",), dict(contrast=1.0), "contrast must be 0 or more, and is of conditions: instruction"),
         (("camera",), dict(motion_weight=-1.0), "motion_weight must be 0"),
         (("camera",), dict(text_refiner_layers=1), "text_refiner_layers .* is of conditions: instruction"),
         (("action",), dict(action_form="written"), "action_form must be one of intended, as_written"),

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 
 from cosmos_hf.worlds import tabletop_instructions
-from cosmos_hf.worlds.captions import caption, direction_in_view, with_article
+from cosmos_hf.worlds.captions import alternatives, caption, direction_in_view, with_article
 from cosmos_hf.worlds.tabletop import intrinsics, simulate, world_to_camera
 from cosmos_hf.worlds.tabletop_scene import ObjectSpec, SceneSpec, camera_pose
 
@@ -105,12 +105,28 @@ def test_simulated_captions_name_the_target():
 
 
 def test_told_what_to_do_the_robot_does_nothing_else():
-    """In the scene of the plain world, with no word of what stands beside the object."""
+    """In the scene of the plain world, with no word of what stands beside the object, and with what it was not told."""
     for index in range(4):
         told = tabletop_instructions.simulate("val_combo", index, renderer=None)
         plain = simulate("val_combo", index, renderer=None)
         assert told.scene == plain.scene and told.kind in ("pick", "push")
         assert told.scene.objects[told.target].name in told.caption
-        assert not any(
-            thing.name in told.caption for thing in told.scene.objects if thing.name != told.scene.objects[0].name
-        )
+        names = [thing.name for thing in told.scene.objects]
+        assert not any(name in told.caption for name in names if name != names[0])
+        others = told.record()["alternatives"]
+        assert told.caption not in others and len(set(others)) == len(others)
+        assert all(any(name in other for other in others) for name in names)
+
+
+def test_alternatives_change_one_thing():
+    text = "The robot arm pushes the red cube to the left."
+    others = alternatives(text, "red cube", ["blue ball", "red cube"])
+    assert others == [
+        "The robot arm pushes the blue ball to the left.",
+        "The robot arm pushes the red cube to the right.",
+        "The robot arm pushes the red cube away from the camera.",
+        "The robot arm pushes the red cube towards the camera.",
+        "The robot arm picks up the red cube and puts it down to the left.",
+    ]
+    assert text in alternatives(others[-1], "red cube", ["red cube"])
+    assert alternatives("A robot arm reaches for the red cube.", "red cube", ["red cube"]) == []

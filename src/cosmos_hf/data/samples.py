@@ -97,12 +97,16 @@ class SampleReader:
         return self._assemble(files, key, None, 0, None)
 
     def read_arrays(self, files: dict[str, bytes | Path], key: str, names: tuple[str, ...]) -> dict:
-        """These arrays of a whole clip, as in a sample (`window_arrays` cuts them), without decoding its video.
+        """These arrays of a whole clip, as in a sample (`window_arrays` cuts them), without decoding its video; also the record's
+        `alternatives`, texts that would have told something else of the same scene.
 
         Raises ValueError for one that the clip lacks, and for a camera that is none.
         """
         video = self.video(files)
-        sample = self._arrays(files, self.text(files, key)[1], self.length(files)[0], _count(video, None)[1])
+        record = self.text(files, key)[1]
+        sample = self._arrays(files, record, self.length(files)[0], _count(video, None)[1])
+        if "alternatives" in record:
+            sample["alternatives"] = _checked_texts(record["alternatives"], key)
         if missing := [name for name in names if name not in sample]:
             there = ", ".join(sorted(sample)) or "none"
             raise ValueError(f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}")
@@ -275,6 +279,12 @@ class SampleReader:
                 pictures = [Image.fromarray(picture) for picture in sample[name].flatten(0, -3).numpy()]
                 fitted = [np.asarray(ImageOps.fit(p, target, Image.Resampling.NEAREST)) for p in pictures]
                 sample[name] = torch.from_numpy(np.stack(fitted)).view(*shape[:-2], *self.size)
+
+
+def _checked_texts(texts, key: str) -> list[str]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"'alternatives' in {key}.json must be a list of texts, got {texts!r}")
+    return texts
 
 
 def _agreeing(clips: dict[str, Clip]) -> Clip:

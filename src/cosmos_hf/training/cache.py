@@ -96,9 +96,10 @@ class LatentDataset(Dataset):
     @property
     def texts(self) -> list[str]:
         """Every text that a sample may come with."""
+        others = [text for arrays in self.arrays for text in arrays.get("alternatives", ())]
         if self.view_captions is None:
-            return self.captions
-        return [caption for captions in self.view_captions for caption in captions]
+            return self.captions + others
+        return [caption for captions in self.view_captions for caption in captions] + others
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         index, draw = index if isinstance(index, tuple) else (index, 0)

@@ -16,6 +16,7 @@ from .diffusion import DiffusionLoss, WorldModel, validate
 
 INPUTS = {"camera": "camera", "action": "actions", "trajectory": "actions", "instruction": "text", "views": "latents"}
 CHANGE = 0.1  # share of the latents' variance that makes half a motion
+MARGIN = 0.1  # by which share another text should make the error larger; more is not asked for
 ZEROED = ("actions", "camera")  # by `condition_dropout`, where a batch has them
 
 
@@ -69,6 +70,27 @@ class ConditionedLoss(DiffusionLoss):
         seen = {name: batch[name] * keep.view(-1, *[1] * (batch[name].ndim - 1)) for name in ZEROED if name in batch}
         loss, more = super().__call__(model, batch | seen)
         return loss, more | logs
+
+    def objective(self, model: nn.Module, batch: dict, counts, keep: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """With `contrast` also how far the error with another text, in the same noise, is from being `MARGIN` larger.
+
+        Most of an error has nothing to do with the text, and its gradient drowns what the text decides. In the difference of two
+        errors that only the text tells apart it cancels out.
+        """
+        if not self.config.contrast:
+            return super().objective(model, batch, counts, keep)
+        device = batch["latents"].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            other, _, _ = self.losses(model, batch | {"text": batch["other_text"]}, counts, keep)
+        own, log_variance, sigma = self.losses(model, batch, counts, keep)
+        short = (own - other + MARGIN * own.detach()).clamp(
+            min=0
+        ) * keep  # of texts that are dropped nothing is to be learned
+        loss = own if log_variance is None else own * (-log_variance).exp() + log_variance
+        loss = loss + self.config.contrast * short
+        ratio = (other * keep).sum() / (own * keep).sum().clamp(min=1e-6)
+        logs = {"denoising": own.detach().mean(), "contrast_ratio": ratio.detach()}
+        return loss.mean(), logs | self._by_band(own.detach(), sigma)
 
     @torch.no_grad()
     def sensitivity(self, model: nn.Module, batch: dict) -> dict[str, float]:

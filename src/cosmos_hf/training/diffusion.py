@@ -260,6 +260,10 @@ class DiffusionLoss:
         latents, device = batch["latents"], batch["latents"].device
         counts = self.draw_counts(batch) if self.takes_condition_mask else None
         keep = (torch.rand(len(latents), device=device) >= self.config.text_dropout).float()
+        return self.objective(model, batch, counts, keep)
+
+    def objective(self, model: nn.Module, batch: dict, counts, keep: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Loss and figures for the log of one draw of noise; the arguments are those of `losses`."""
         plain, log_variance, sigma = self.losses(model, batch, counts, keep)
         loss = plain if log_variance is None else plain * (-log_variance).exp() + log_variance
         return loss.mean(), {"denoising": plain.detach().mean(), **self._by_band(plain.detach(), sigma)}

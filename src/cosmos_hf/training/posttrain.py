@@ -95,6 +95,12 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     trajectory_points: int = field(
         default=NUM_POINTS, metadata={"help": "points of a trajectory, spread over the window"}
     )
+    contrast: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the demand that one of a clip's `alternatives`, in its caption's place, makes the error larger"
+        },
+    )
     motion_weight: float = field(
         default=0.0,
         metadata={
@@ -119,6 +125,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
         self._check_action_form()
         if self.motion_weight < 0:
             raise ValueError(f"motion_weight must be 0 (all counts the same) or more, got {self.motion_weight}")
+        if self.contrast < 0 or (self.contrast and "instruction" not in self.conditions):
+            raise ValueError("contrast must be 0 or more, and is of conditions: instruction")
         if self.text_refiner_layers < 0 or (self.text_refiner_layers and "instruction" not in self.conditions):
             raise ValueError("text_refiner_layers must be 0 or more, and is of conditions: instruction")
         settings = pipeline_settings(self.init_from)
@@ -126,6 +134,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
             self.num_frames = self.num_frames or settings.get("num_frames", 121)
             self.max_sequence_length = self.max_sequence_length or settings.get("max_sequence_length", 512)
         self._check_views(settings.get("views"))
+        if self.contrast and self.views:
+            raise ValueError("contrast is for models of one view: a clip's alternatives are no texts of its views")
 
     def _check_action_form(self):
         if self.action_form not in ACTION_FORMS:
@@ -154,7 +164,8 @@ class PosttrainConfig(AdapterSettings, DiffusionConfig):
     @property
     def arrays(self) -> tuple[str, ...]:
         """What samples must have besides their videos and captions."""
-        return tuple(dict.fromkeys(ARRAYS[name] for name in self.conditions if name in ARRAYS))
+        names = [ARRAYS[name] for name in self.conditions if name in ARRAYS]
+        return tuple(dict.fromkeys(names + ["alternatives"] * bool(self.contrast)))
 
     @property
     def cameras(self) -> tuple[str, ...] | None:
@@ -192,6 +203,8 @@ class ConditionBatches:
         batch = self.texts.collate(samples)
         told = torch.tensor([[bool(caption) for caption in texts_of(sample)] for sample in samples])
         batch["text"] = batch["text"] * told.repeat_interleave(self.texts.length, dim=1)[..., None]
+        if self.config.contrast:
+            batch["other_text"] = self.texts.encode([_drawn_alternative(sample) for sample in samples])
         if self.spec is not None:
             batch["actions"] = torch.stack([self._actions(sample) for sample in samples])
         if "camera" in self.config.conditions:
@@ -225,6 +238,12 @@ class ConditionBatches:
     def _first_cameras(self, camera: dict) -> torch.Tensor:
         poses = camera["extrinsics"].double()[:, 0]
         return relative_extrinsics(poses, poses[reference_view(range(len(poses)))]).float()
+
+
+def _drawn_alternative(sample: dict) -> str:
+    """One of the texts that are wrong for a sample; its own, of which nothing is learned, where there is none."""
+    others = sample["alternatives"] or [sample["caption"]]
+    return others[int(torch.randint(len(others), ()))]
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------

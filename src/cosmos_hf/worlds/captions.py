@@ -1,10 +1,15 @@
 """Captions of table-top episodes from the simulator's state; directions are those that the camera sees."""
 
+import re
+
 import numpy as np
 
 from .tabletop_scene import SceneSpec
 
 SUBJECTS = ("A robot arm", "A robotic arm", "The robot arm", "A robot arm with a two-finger gripper")
+DIRECTIONS = ("to the right", "to the left", "away from the camera", "towards the camera")
+# What an instruction names, and what it could have said of the same object instead.
+_PUSHES, _PICKS = re.compile(r"pushes the (\w+ \w+)"), re.compile(r"picks up the (\w+ \w+)(?: and puts it down)?")
 LIFTED, MOVED = 0.08, 0.03  # metres: height and distance that count
 
 
@@ -72,3 +77,12 @@ def caption(
     others = [with_article(thing.name) for i, thing in enumerate(scene.objects) if i != target]
     neighbours = f", next to {' and '.join(others)}" if beside and others and rng.random() < 0.7 else ""
     return f"{subject} {text}{neighbours}."
+
+
+def alternatives(text: str, name: str, names: list[str]) -> list[str]:
+    """What a caption about the object `name` could have said instead in a scene of the objects `names`, and what did not happen:
+    the same with another object, in another direction, and with picking for pushing or the other way round."""
+    told = [text.replace(name, other) for other in dict.fromkeys(names) if other != name]
+    told += [text.replace(way, other) for way in DIRECTIONS if way in text for other in DIRECTIONS if other != way]
+    told += [_PUSHES.sub(r"picks up the \1 and puts it down", text), _PICKS.sub(r"pushes the \1", text)]
+    return [other for other in told if other != text]

@@ -1,7 +1,9 @@
 """The table-top world as a robot is told what to do there: it picks or pushes in every clip, and captions say that alone, not what
-stands beside it. The one object named is the one meant, which a small model learns sooner."""
+stands beside it. The one object named is the one meant, which a small model learns sooner; and every clip has `alternatives`, what
+could have been told instead."""
 
 from . import tabletop
+from .captions import alternatives
 from .tabletop import FPS, HEIGHT, NUM_FRAMES, VERSION, WIDTH, Episode
 
 __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
@@ -9,6 +11,14 @@ __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulat
 SPLITS = tuple(split for split in tabletop.SPLITS if split != "val_counterfactual")  # whose plans nobody is told
 
 
-def simulate(split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False) -> Episode:
+class ToldEpisode(Episode):
+    def record(self) -> dict:
+        names = [thing.name for thing in self.scene.objects]
+        return super().record() | {"alternatives": alternatives(self.caption, names[self.target], names)}
+
+
+def simulate(
+    split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False
+) -> ToldEpisode:
     """In the same scene as `tabletop.simulate` with the same arguments."""
-    return tabletop.simulate(split, index, seed, renderer, masks, instructions=True)
+    return ToldEpisode(**vars(tabletop.simulate(split, index, seed, renderer, masks, instructions=True)))
