@@ -35,8 +35,11 @@ PARAMETERS = {  # millions, of the network that the run trains
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_windows_cover_the_clips_of_the_worlds(path):
-    """The driving world's clips have 17 frames, those of the other worlds 33."""
+    """The driving world's clips have 17 frames, those of the other worlds 33; which object is meant is decided at their beginning."""
     settings = yaml.safe_load(path.read_text())
+    if settings.get("conditions") == ["instruction"]:
+        assert settings["window_starts"] == [0, 1]
+        return
     length = 17 if any("driving/" in name for name in settings["data"]) else 33
     starts, num_frames = settings.get("window_starts", []), settings.get("num_frames", 17)
     seen = {frame for start in starts for frame in range(start, min(start + num_frames, length))}

@@ -54,6 +54,28 @@ def test_the_action_adapter_follows_the_actions():
     assert right < 0.75 * wrong and right < 0.6 * still
 
 
+def test_the_instruction_adapter_does_what_it_is_told():
+    """What it expects is nearer to what happened when it is told so than in another direction or with pushing for picking."""
+    pipe = CosmosVideo2WorldPipeline.from_pretrained(nano_path())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(nano_path("instruction"))
+    true = to_float(read_video(f"{nano_path('instruction')}/example.mp4").frames)
+
+    def error(prompt):
+        given = dict(video=first_frame("instruction"), prompt=prompt, num_inference_steps=1, output_type="pt")
+        frames = pipe(**given, generator=torch.Generator().manual_seed(0)).frames[0].transpose(0, 1) * 2 - 1
+        return (frames - true).square().mean().item()
+
+    told = error("A robot arm picks up the cyan cylinder and puts it down to the right.")
+    others = [
+        f"A robot arm picks up the cyan cylinder and puts it down {way}."
+        for way in ("to the left", "towards the camera")
+    ]
+    others.append("A robot arm pushes the cyan cylinder to the right.")
+    assert all(error(other) > 1.15 * told for other in others)
+    assert told < 0.5 * (true[:, :1] - true).square().mean().item()
+
+
 def test_the_views_adapter_keeps_the_views_apart():
     """Each view of what it expects is nearer to what its own camera saw than to what the others did."""
     pipe, folder = CosmosMultiViewPipeline.from_pretrained(nano_path()), nano_path("views")

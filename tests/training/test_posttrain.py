@@ -83,9 +83,7 @@ def assemble(config):
     vae = CosmosVideoTokenizer.from_pretrained(config.vae)
     dataset, validation = build_datasets(config, vae, "instruction" in config.conditions, config.arrays)
     captions = [caption for part in validation.values() for caption in part.texts]
-    batches = ConditionBatches(
-        config, Texts(config, dataset.texts, captions), vae, find_action_spec(config, dataset)
-    )
+    batches = ConditionBatches(config, Texts(config, dataset.texts, captions), vae, find_action_spec(config, dataset))
     model = build_model(config, batches.action_dim)
     loss = ConditionedLoss(config, build_scheduler(config), model.transformer.takes_condition_mask)
     return model, loss, dataset, batches, validation

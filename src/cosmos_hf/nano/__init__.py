@@ -9,6 +9,7 @@ MODELS = {
     "action": "nano-action",
     "camera": "nano-camera",
     "views": "nano-views",
+    "instruction": "nano-instruction",
 }
 
 
