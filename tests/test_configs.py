@@ -35,7 +35,7 @@ PARAMETERS = {  # millions, of the network that the run trains
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_windows_cover_the_clips_of_the_worlds(path):
-    """The driving world's clips have 17 frames, those of the other worlds 33; which object is meant is decided at their beginning."""
+    """The driving world's clips have 17 frames, the others' 33, at whose beginning it is decided which object is meant."""
     settings = yaml.safe_load(path.read_text())
     if settings.get("conditions") == ["instruction"]:
         assert settings["window_starts"] == [0, 1]

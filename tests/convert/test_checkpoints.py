@@ -213,10 +213,10 @@ def test_paths_without_a_checkpoint_are_refused(tmp_path):
 
 
 def test_exports_that_the_reference_cannot_hold_are_refused(tmp_path):
-    model = CosmosWorldTransformer3D(**{**PRESETS["tiny"], "in_channels": 22, "camera_channels": 6})
-    model.save_pretrained(tmp_path / "camera")
-    with pytest.raises(ValueError, match="no class with camera rays"):
-        export_checkpoint(tmp_path / "camera", tmp_path / "out")
+    for more in (dict(in_channels=22, camera_channels=6), dict(text_refiner_layers=1)):
+        CosmosWorldTransformer3D(**{**PRESETS["tiny"], **more}).save_pretrained(tmp_path / "more")
+        with pytest.raises(ValueError, match="no class with camera rays, real condition channels or a text refiner"):
+            export_checkpoint(tmp_path / "more", tmp_path / "out")
     CosmosWorldTransformer3D(**PRESETS["tiny"]).save_pretrained(tmp_path / "plain")
     file = tmp_path / "plain" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"stray": torch.zeros(1)}, file)

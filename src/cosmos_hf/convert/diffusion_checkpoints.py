@@ -81,9 +81,10 @@ def export_checkpoint(
     folder, target = Path(folder), Path(target)
     with torch.device("meta"):
         model = CosmosWorldTransformer3D.from_config(CosmosWorldTransformer3D.load_config(folder))
-    if model.config.camera_channels or (model.config.condition_channels and model.condition_embed is None):
+    real_channels = model.config.condition_channels and model.condition_embed is None
+    if model.config.camera_channels or real_channels or model.text_refiner is not None:
         raise ValueError(
-            "the reference has no class with camera rays or real condition channels: keep this model as it is"
+            "the reference has no class with camera rays, real condition channels or a text refiner: keep this model as it is"
         )
     weights = Checkpoint(folder)
     names = list(model.state_dict())

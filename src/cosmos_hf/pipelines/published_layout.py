@@ -47,6 +47,7 @@ _ONLY_OURS = dict(
     condition_vocab_size=None,
     action_dim=None,
     **dict.fromkeys(HOW_ACTIONS_ENTER),
+    text_refiner_layers=0,
     num_views=1,
     view_embed_dim=0,
     frame_repeat_embed=False,
