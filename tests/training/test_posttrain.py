@@ -275,10 +275,14 @@ def test_what_moves_may_count_more(make):
     _, moved, *_ = assemble(make("camera", motion_weight=4.0, learned_uncertainty=False))
     latents = batches.collate([dataset[4]])["latents"]
     latents[..., :3] = latents[:, :, :1, :, :3]  # the left half stands still
-    weights = moved.weights(latents)
-    assert plain.weights(latents) is None and weights.mean() == pytest.approx(1)
+    weights = moved.weights(latents, 1)
+    assert plain.weights(latents, 1) is None and weights.mean() == pytest.approx(1)
     still, moving = weights[..., :3], weights[:, :, 1:, :, 3:]
     assert still.max() == weights[:, :, 0].max() == weights.min() and moving.max() / weights.min() > 2
+
+    two = moved.weights(torch.cat([latents, 2 * latents], dim=2), 2)  # each view has its own first frame
+    first = two[:, :, [0, latents.shape[2]]]
+    assert first.max() == first.min() == two.min() < two.max()
 
     sigma, wrong = torch.ones(1), latents.clone()
     wrong[..., 3:] += 1  # where things move
@@ -304,7 +308,7 @@ def told(data, folder, alternatives):
 
 
 def test_another_text_is_made_to_matter(make, data, tmp_path):
-    """The error's gradient with another text in the same noise is that of the same sum, and it stops at the margin."""
+    """Both errors are of the same noise; nothing is asked of dropped texts, nor beyond the margin."""
     config = make("instruction", data=told(data, tmp_path, ["the blue ball"]), contrast=2.0, learned_uncertainty=False)
     model, loss, dataset, batches, _ = assemble(config)
     assert dataset[0]["alternatives"] == ["the blue ball"] and "the blue ball" in dataset.texts
@@ -321,15 +325,20 @@ def test_another_text_is_made_to_matter(make, data, tmp_path):
     expected = own + 2 * (1.1 * own - other).clamp(min=0)
     torch.testing.assert_close(total, expected.mean())
     assert logs["contrast_ratio"] == pytest.approx(float(other.sum() / own.sum()), rel=1e-5)
+    torch.manual_seed(0)
     untold = loss.objective(model, batch, counts, 0 * keep)[0]  # of dropped texts nothing is asked
     torch.manual_seed(0)
-    assert torch.isfinite(untold)
+    torch.testing.assert_close(untold, loss.losses(model, batch, counts, 0 * keep)[0].mean())
     far = batch | {"other_text": 100 * batch["other_text"]}
     for parameter in model.transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
     torch.manual_seed(0)
     assert loss.objective(model, far, counts, keep)[1]["contrast_ratio"] != pytest.approx(1, abs=1e-4)
+    known = iter([torch.tensor([1.05, 2.0]), torch.ones(2)])  # with the other text, with the own one
+    loss.losses = lambda *_: (next(known), None, torch.ones(2))
+    total, _ = loss.objective(model, batch, counts, torch.ones(2))
+    assert float(total) == pytest.approx(1 + 2 * 0.05 / 2)  # the second is beyond the margin
 
 
 @pytest.mark.parametrize(

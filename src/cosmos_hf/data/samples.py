@@ -105,7 +105,7 @@ class SampleReader:
         video = self.video(files)
         record = self.text(files, key)[1]
         sample = self._arrays(files, record, self.length(files)[0], _count(video, None)[1])
-        if "alternatives" in record:
+        if "alternatives" in names and "alternatives" in record:
             sample["alternatives"] = _checked_texts(record["alternatives"], key)
         if missing := [name for name in names if name not in sample]:
             there = ", ".join(sorted(sample)) or "none"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..conditioning.directions import DIRECTIONS
 from .metrics import mean_with_interval
 
-DIRECTIONS = ("to the right", "to the left", "away from the camera", "towards the camera")
 OPPOSITE = dict(zip(DIRECTIONS, (DIRECTIONS[1], DIRECTIONS[0], DIRECTIONS[3], DIRECTIONS[2]), strict=True))
 TRUE_MOVE, TRUE_RISE = 0.03, 0.06  # metres, by the simulator's state: instructions with less are not scored
 SEEN_MOVE, SEEN_RISE = 0.02, 0.03  # metres, in the picture: less is no motion

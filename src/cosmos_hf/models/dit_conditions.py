@@ -4,7 +4,8 @@ They enter by three doors: as channels beside the latents (given frames, camera 
 embedding (actions), or as a time axis that holds several views. Text, which every model reads, may be read more closely
 (`TextRefiner`). All are off in a plain config.
 
-Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width, D width.
+Axes: B batch, V views, C channels, T latent frames (of all views, view slowest), H and W latent height and width,
+M text tokens of a view, D width.
 """
 
 import copy
@@ -41,18 +42,24 @@ class ViewEmbedding(nn.Module):
         return vectors
 
 
-class _ActionMLP(nn.Module):
-    """The last layer starts at zero: a model that is given actions for the first time is the model it was."""
+class _AddedPart(nn.Module):
+    """Adds to what a model has; its last layer starts at zero, so that the model which gets it is the model it was."""
+
+    last_layer: str
+
+    def start_at_zero(self):
+        for parameter in getattr(self, self.last_layer).parameters():
+            nn.init.zeros_(parameter)
+
+
+class _ActionMLP(_AddedPart):
+    last_layer = "linear_2"
 
     def __init__(self, action_dim: int, inner_size: int, out_size: int):
         super().__init__()
         self.linear_1 = nn.Linear(action_dim, inner_size)
         self.linear_2 = nn.Linear(inner_size, out_size)
         self.start_at_zero()
-
-    def start_at_zero(self):
-        for parameter in self.linear_2.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, actions: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.gelu(self.linear_1(actions), approximate="tanh"))
@@ -76,14 +83,15 @@ class ActionEmbedding(nn.Module):
         return self.sinusoid(actions) if self.form == "intended" else None, self.offsets(actions)
 
 
-class TextRefiner(nn.Module):
-    """Reads what the frozen text encoder wrote once more and adds what it finds: [B, M, D] -> [B, M, D].
+class TextRefiner(_AddedPart):
+    """Reads what the frozen text encoder wrote once more and adds what it finds: [B, M, D] -> [B, M, D], D the text's width.
 
-    It learns with the world model what its encoder does not tell, such as which of the named things is to be moved. Vectors that
-    are zero, past a text's end, stay zero and are not attended. The last layer starts at zero: the text is what it was.
+    Not of the paper, whose encoder is T5-11B: it learns with the world model what a small encoder does not tell, such as which of
+    the named things is to be moved. Vectors that are zero, past a text's end, stay zero and are not attended.
     """
 
     HEAD_DIM = 32
+    last_layer = "proj_out"
 
     def __init__(self, width: int, num_layers: int):
         super().__init__()
@@ -96,10 +104,6 @@ class TextRefiner(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.proj_out = nn.Linear(width, width)
         self.start_at_zero()
-
-    def start_at_zero(self):
-        for parameter in self.proj_out.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         told = text.any(dim=-1, keepdim=True)  # [B, M, 1]
@@ -264,7 +268,6 @@ ADDABLE = (
     *HOW_ACTIONS_ENTER,
 )
 PARTS = ("condition_embed", "view_embed", "action_embed", "text_refiner")
-_STARTED_AT_ZERO = (_ActionMLP, TextRefiner)
 
 
 def condition_parts(config, hidden_size: int) -> dict[str, nn.Module | None]:
@@ -350,9 +353,9 @@ def _started(part: nn.Module) -> nn.Module:
 
 
 def start_at_zero(module: nn.Module):
-    """Of all parts within that add to what was there: they add nothing yet."""
+    """Of all parts within that add to what a model has: they add nothing yet."""
     for part in module.modules():
-        if isinstance(part, _STARTED_AT_ZERO):
+        if isinstance(part, _AddedPart):
             part.start_at_zero()
 
 

@@ -254,7 +254,7 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         error = (denoised.to(latents) - latents).square()
         error = (error if weights is None else error * weights).flatten(1).mean(1)
         loss = self.loss_weight(sigma.to(latents)) * error
-        return loss if log_variance is None else loss * (-log_variance).exp() + log_variance
+        return with_uncertainty(loss, log_variance)
 
     @staticmethod
     def _per_sample(sigma: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -263,6 +263,11 @@ class CosmosEDMScheduler(SchedulerMixin, ConfigMixin):
         if sigma.shape not in ((), (1,), (sample.shape[0],)):
             raise ValueError(f"sigma must be a number or [{sample.shape[0]}], got {tuple(sigma.shape)}")
         return sigma.view(-1, *[1] * (sample.ndim - 1))
+
+
+def with_uncertainty(error: torch.Tensor, log_variance: torch.Tensor | None) -> torch.Tensor:
+    """error * exp(-u) + u of errors and log variances u [B] (EDM2, equation 21); the error where there are none."""
+    return error if log_variance is None else error * (-log_variance).exp() + log_variance
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

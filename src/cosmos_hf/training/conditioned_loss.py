@@ -10,6 +10,7 @@ from torch import nn
 from ..conditioning.camera import move_rays
 from ..conditioning.frames import condition_indicator
 from ..conditioning.views import draw_given_frames, pick_views, reference_view
+from ..schedulers.scheduling_edm_cosmos import with_uncertainty
 from .adaptation import sensitivities
 from .cache import LatentDataset
 from .diffusion import DiffusionLoss, WorldModel, validate
@@ -36,12 +37,12 @@ class ConditionedLoss(DiffusionLoss):
         frames, device = latents.shape[2] // views, latents.device
         return draw_given_frames(len(latents), views, frames, most, config.whole_views, device, least)
 
-    def weights(self, latents: torch.Tensor) -> torch.Tensor | None:
+    def weights(self, latents: torch.Tensor, views: int) -> torch.Tensor | None:
         """[B, 1, T', H', W'], of mean 1: `motion_weight` times more where the latents are far from their view's first frame."""
         if not self.config.motion_weight:
             return None
-        views = latents.unflatten(2, (len(self.config.views) or 1, -1))  # [B, C, V, T, H', W']
-        change = (views - views[:, :, :, :1]).square().mean(1, keepdim=True).flatten(2, 3)
+        split = latents.unflatten(2, (views, -1))  # [B, C, V, T, H', W']
+        change = (split - split[:, :, :, :1]).square().mean(1, keepdim=True).flatten(2, 3)
         weights = 1 + self.config.motion_weight * change / (change + CHANGE * self.scheduler.config.sigma_data**2)
         return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
@@ -83,11 +84,8 @@ class ConditionedLoss(DiffusionLoss):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             other, _, _ = self.losses(model, batch | {"text": batch["other_text"]}, counts, keep)
         own, log_variance, sigma = self.losses(model, batch, counts, keep)
-        short = (own - other + MARGIN * own.detach()).clamp(
-            min=0
-        ) * keep  # of texts that are dropped nothing is to be learned
-        loss = own if log_variance is None else own * (-log_variance).exp() + log_variance
-        loss = loss + self.config.contrast * short
+        short = (own - other + MARGIN * own.detach()).clamp(min=0) * keep  # of dropped texts nothing is to be learned
+        loss = with_uncertainty(own, log_variance) + self.config.contrast * short
         ratio = (other * keep).sum() / (own * keep).sum().clamp(min=1e-6)
         logs = {"denoising": own.detach().mean(), "contrast_ratio": ratio.detach()}
         return loss.mean(), logs | self._by_band(own.detach(), sigma)

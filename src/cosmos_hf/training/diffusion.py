@@ -18,7 +18,7 @@ from ..data.sampling import in_order
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
 from ..models.transformer_cosmos import PRESETS, CosmosWorldTransformer3D
 from ..models.uncertainty_cosmos import UncertaintyHead
-from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
+from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler, with_uncertainty
 from .cache import LatentDataset, cache_latents, cache_text, load_text
 from .config import WindowSettings
 from .devices import process_state
@@ -265,7 +265,7 @@ class DiffusionLoss:
     def objective(self, model: nn.Module, batch: dict, counts, keep: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """Loss and figures for the log of one draw of noise; the arguments are those of `losses`."""
         plain, log_variance, sigma = self.losses(model, batch, counts, keep)
-        loss = plain if log_variance is None else plain * (-log_variance).exp() + log_variance
+        loss = with_uncertainty(plain, log_variance)
         return loss.mean(), {"denoising": plain.detach().mean(), **self._by_band(plain.detach(), sigma)}
 
     def num_views(self, batch: dict) -> int:
@@ -313,11 +313,11 @@ class DiffusionLoss:
             return output
 
         denoised = scheduler.denoise(network, noisy, sigma, condition)
-        weights = self.weights(latents)
+        weights = self.weights(latents, self.num_views(batch))
         return scheduler.loss(denoised, latents, sigma, weights=weights), log_variance, sigma
 
-    def weights(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """How much each element of latents [B, C, T', H', W'] counts in the error; None: all the same."""
+    def weights(self, latents: torch.Tensor, views: int) -> torch.Tensor | None:
+        """How much each element of latents [B, C, T', H', W'] of so many views counts in the error; None: all the same."""
         return None
 
     def _by_band(self, plain: torch.Tensor, sigma: torch.Tensor) -> dict:

@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 
+from ..conditioning.directions import DIRECTIONS
 from .tabletop_scene import SceneSpec
 
 SUBJECTS = ("A robot arm", "A robotic arm", "The robot arm", "A robot arm with a two-finger gripper")
-DIRECTIONS = ("to the right", "to the left", "away from the camera", "towards the camera")
 # What an instruction names, and what it could have said of the same object instead.
-_PUSHES, _PICKS = re.compile(r"pushes the (\w+ \w+)"), re.compile(r"picks up the (\w+ \w+)(?: and puts it down)?")
+_PUSHES, _PICKS = re.compile(r"pushes the (\w+ \w+)"), re.compile(r"picks up the (\w+ \w+) and puts it down")
 LIFTED, MOVED = 0.08, 0.03  # metres: height and distance that count
 
 
