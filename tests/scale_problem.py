@@ -9,15 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import Dataset
 from transformers import T5EncoderModel
 
 from cosmos_hf.models.ar_cosmos import CosmosARForCausalLM
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.models.transformer_cosmos import PRESETS as TRANSFORMERS
 from cosmos_hf.models.transformer_cosmos import CosmosWorldTransformer3D
+from cosmos_hf.schedulers.scheduling_edm_cosmos import CosmosEDMScheduler
 from cosmos_hf.training import autoregressive
 from cosmos_hf.training.adversarial import fit_adversarial
+from cosmos_hf.training.conditioned_loss import ConditionedLoss
 from cosmos_hf.training.config import TokenizerConfig
 from cosmos_hf.training.diffusion import (
     DiffusionConfig,
@@ -29,6 +32,8 @@ from cosmos_hf.training.diffusion import (
 )
 from cosmos_hf.training.loop import Run, fit
 from cosmos_hf.training.losses import ReconstructionLoss
+from cosmos_hf.training.posttrain import PosttrainConfig
+from cosmos_hf.training.posttrain import build_model as build_posttrained
 from cosmos_hf.training.tokenizer import build_model as build_tokenizer
 from cosmos_hf.training.tokenizer import export
 
@@ -117,6 +122,42 @@ def run_world(folder, **settings):
     fit(build_model(config), loss, Latents(), config, collate_latents, export_world)
 
 
+class Told(Latents):
+    """With embedded texts: what is told of a clip, and what could have been."""
+
+    def __getitem__(self, index):
+        draw = partial(torch.randn, 6, 32, generator=torch.Generator().manual_seed(100 + index[0]))
+        return super().__getitem__(index) | {"text": draw(), "other_text": draw()}
+
+
+def collate_told(samples):
+    texts = {name: torch.stack([sample[name] for sample in samples]) for name in ("text", "other_text")}
+    return collate_latents(samples) | texts
+
+
+def run_told(folder, equal: bool):
+    """Post-train instructions with `contrast`, which evaluates the network twice before one backward pass."""
+    torch.manual_seed(0)
+    base = folder / f"base-{PartialState().process_index}"
+    CosmosWorldTransformer3D(**TRANSFORMERS["tiny-video2world"]).save_pretrained(base / "transformer")
+    settings = {name: value for name, value in SETTINGS.items() if name != "l2_weight"}
+    config = PosttrainConfig(
+        conditions=["instruction"],
+        init_from=str(base),
+        output_dir=str(folder),
+        contrast=1.0,
+        motion_weight=4.0,
+        text_refiner_layers=1,
+        max_steps=3,
+        **settings,
+    )
+    model = build_posttrained(config, None)
+    loss = ConditionedLoss(config, CosmosEDMScheduler(), takes_condition_mask=True)
+    fit(model, loss, Told(), config, collate_told, lambda model, folder: model.transformer.save_pretrained(folder))
+    if equal:
+        check_equal_weights(model)
+
+
 class Codes(Dataset):
     """Random codes that repeat from frame to frame, a function of the index."""
 
@@ -155,6 +196,10 @@ def run_adversarial(folder, base):
     config = TokenizerConfig(output_dir=str(folder), max_steps=3, **settings, **SETTINGS)
     model = build_tokenizer(config)
     fit_adversarial(model, ReconstructionLoss(config), Videos(), config, collate, export)
+    check_equal_weights(model)
+
+
+def check_equal_weights(model):
     parts = [torch.zeros(()) for _ in range(2)]
     torch.distributed.all_gather(parts, sum(p.detach().double().sum() for p in model.parameters()).float())
     assert parts[0] == parts[1]
@@ -177,7 +222,6 @@ def note_memory():
 def pretend_gpus():
     """accelerate does not take processors for FSDP: it would run DDP unsaid. The collectives themselves are gloo's."""
     AcceleratorState._reset_state()  # whose plugin keeps precision and blocks of the first model
-    from accelerate import PartialState
     from accelerate.utils import DistributedType
 
     PartialState(backend="gloo")
@@ -208,5 +252,11 @@ if __name__ == "__main__":
     if kind == "FSDP":
         pretend_gpus()
     run_language(root / "language", max_steps=3, batch_size=1, gradient_accumulation=2)
+    AcceleratorState._reset_state()
+    if kind == "FSDP":
+        pretend_gpus()
+    run_told(root / "told", equal=kind == "MULTI_CPU")
 
     assert AcceleratorState().distributed_type.value == kind, AcceleratorState().distributed_type
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -73,6 +73,8 @@ def check(folder: Path, alone: Path):
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.values())
     assert not [file for file in (folder / "straight" / "export").iterdir() if "index" in file.name]
     check_language(folder / "language", alone / "language")
+    lines = [json.loads(line) for line in (folder / "told" / "log.jsonl").read_text().splitlines()]
+    assert [line["contrast_ratio"] != 1 for line in lines if "loss" in line] == [True] * 3
 
 
 def check_language(folder: Path, alone: Path):

@@ -109,7 +109,10 @@ class SampleReader:
             sample["alternatives"] = _checked_texts(record["alternatives"], key)
         if missing := [name for name in names if name not in sample]:
             there = ", ".join(sorted(sample)) or "none"
-            raise ValueError(f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}")
+            where = "; alternatives are a list of texts in its json" if "alternatives" in missing else ""
+            raise ValueError(
+                f"the clip has no {', '.join(missing)}; its arrays (npz, csv, json or data set): {there}{where}"
+            )
         sample = {name: sample[name] for name in names}
         if "camera" in sample:
             check_intrinsics(sample["camera"]["intrinsics"])

@@ -21,12 +21,13 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from . import driving, driving_front, rooms, tabletop, tabletop_instructions
+from . import driving, driving_front, rooms, tabletop, tabletop_instructions, tabletop_objects
 from .render import choose_renderer, mujoco, restart_filament
 
 WORLDS = {
     "tabletop": tabletop,
     "tabletop_instructions": tabletop_instructions,
+    "tabletop_objects": tabletop_objects,
     "rooms": rooms,
     "driving": driving,
     "driving_front": driving_front,

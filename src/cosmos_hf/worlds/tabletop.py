@@ -3,6 +3,7 @@
 World frame: x away from the robot's base, y to its left, z up, metres. End-effector angles are zero pointing down.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -98,6 +99,19 @@ class Robot:
 
     def object_positions(self) -> np.ndarray:
         return np.array([self.data.body(f"object{i}").xpos for i in range(self._num_objects)])
+
+    @contextmanager
+    def moved(self, target: int, by: np.ndarray):
+        """With object `target` put [3] metres further on, for as long as this lasts; no time passes."""
+        start = self.data.qpos.copy()
+        address = self.model.jnt_qposadr[self.model.body(f"object{target}").jntadr[0]]
+        self.data.qpos[address : address + 3] += by
+        mujoco.mj_forward(self.model, self.data)
+        try:
+            yield
+        finally:
+            self.data.qpos[:] = start
+            mujoco.mj_forward(self.model, self.data)
 
     def _hold(self):
         opening = _FINGER_CLOSED + _FINGER_STROKE * self._gripper
@@ -249,7 +263,7 @@ def simulate(
     kind = "plan" if plan else str(rng.choice(KINDS, p=TOLD_SHARES if instructions else KIND_SHARES))
     # Object 0 of val_combo is the held-out pair.
     policy = None if plan else Policy(robot, kind, rng, target=0 if split == "val_combo" else None)
-    take = _Camera(model, renderer, masks)
+    take = Camera(model, renderer, masks)
     take.picture(robot)
     commands = []
     for step in range(NUM_FRAMES - 1):
@@ -296,7 +310,7 @@ def world_to_camera(scene: SceneSpec) -> np.ndarray:
     return matrix
 
 
-class _Camera:
+class Camera:
     """Collects pictures, masks, states and object positions of an episode as it goes."""
 
     def __init__(self, model, renderer: str | None, masks: bool):

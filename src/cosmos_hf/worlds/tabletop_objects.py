@@ -1,0 +1,95 @@
+"""The table-top world with a robot that stands still, where things move by themselves: one rises or slides, and the caption says
+which and where to.
+
+What such a clip shows is decided by its text alone and from its first frame on. A small model learns from a few thousand of them
+what the names mean, which it does not from clips of a robot at work, where most of the picture is the arm's. Four clips in a row
+show one scene, in which each of two or three things moves.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..conditioning.robot_states import actions_from_states
+from . import tabletop
+from .captions import direction_in_view
+from .tabletop import FPS, HEIGHT, WIDTH, Camera, Robot, intrinsics, world_to_camera
+from .tabletop_instructions import ToldEpisode
+from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
+
+__all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
+
+VERSION = 1
+SPLITS = tuple(split for split in tabletop.SPLITS if split != "val_counterfactual")
+NUM_FRAMES = 17
+CLIPS_PER_SCENE = 4
+RISES = "rises into the air"
+
+
+@dataclass
+class _Move:
+    """It is `distance` metres further on along `along` [3] after `steps` frames, and stays there."""
+
+    text: str  # after "The red cube"
+    along: np.ndarray
+    distance: float
+    steps: int
+
+    def at(self, frame: int) -> np.ndarray:
+        return self.along * self.distance * min(1, frame / self.steps)
+
+
+def simulate(
+    split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False
+) -> ToldEpisode:
+    """Clip `index` of a split, a pure function of its arguments as `tabletop.simulate` is, whose arguments these are.
+
+    Nothing falls, is pushed or collides: places are set, not simulated.
+    """
+    scene_index, turn = divmod(index, CLIPS_PER_SCENE)
+    rng = np.random.default_rng([seed, *split.encode(), scene_index])
+    scene = sample_scene(rng, split)
+    while len(scene.objects) < 2:
+        scene = sample_scene(rng, split)
+    robot = _standing_robot(scene, rng)
+    order = rng.permutation(len(scene.objects))
+    target = 0 if split == "val_combo" else int(order[turn % len(order)])  # there it is the held-out pair
+    move = _draw_move(scene, np.random.default_rng([seed, *split.encode(), scene_index, turn]))
+    take = Camera(robot.model, renderer, masks)
+    for frame in range(NUM_FRAMES):
+        with robot.moved(target, move.at(frame)):
+            take.picture(robot)
+    states = np.array(take.states)
+    return ToldEpisode(
+        scene=scene,
+        kind="objects",
+        caption=f"The {scene.objects[target].name} {move.text}.",
+        frames=np.array(take.frames),
+        states=states,
+        actions=actions_from_states(states),
+        commands=actions_from_states(states),
+        object_positions=np.array(take.positions),
+        intrinsics=intrinsics(),
+        extrinsics=np.repeat(world_to_camera(scene)[None], NUM_FRAMES, axis=0),
+        target=target,
+        masks=np.array(take.masks) if masks else None,
+    )
+
+
+def _standing_robot(scene: SceneSpec, rng: np.random.Generator) -> Robot:
+    """Where a short random walk of an open gripper left it, above the table."""
+    robot = Robot(build_model(scene))
+    for _ in range(8):
+        robot.step(np.array([*rng.normal(0, 0.02, 2), abs(rng.normal(0, 0.02)), 0, 0, 0, 1]))
+    return robot
+
+
+def _draw_move(scene: SceneSpec, rng: np.random.Generator) -> _Move:
+    """Half of the moves go up, since there an object is in nobody's way; the others along the picture's axes on the table."""
+    distance, steps = rng.uniform(0.06, 0.10), int(rng.integers(4, 8))
+    if rng.random() < 0.5:
+        return _Move(RISES, np.array([0, 0, 1.0]), distance, steps)
+    axes = camera_pose(scene)[1]
+    along = axes[[0, 2][rng.integers(2)]] * rng.choice([-1.0, 1.0]) * [1, 1, 0]
+    along /= np.linalg.norm(along)
+    return _Move(f"slides {direction_in_view(along, axes)}", along, distance, steps)
