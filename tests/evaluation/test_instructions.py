@@ -24,6 +24,7 @@ from cosmos_hf.pipelines.video2world import CosmosVideo2WorldPipeline
 from tiny_pipelines import SETTINGS, autoregressive, components
 
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
+from cosmos_hf.worlds import tabletop_objects
 from cosmos_hf.worlds.captions import direction_in_view
 from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.shards import sample_of
@@ -36,16 +37,24 @@ FRAMES, CLIPS = (
 
 
 @pytest.fixture(scope="module")
-def episodes():
+def renderer():
     try:
-        renderer = choose_renderer()
+        return choose_renderer()
     except RuntimeError as error:
         pytest.skip(f"no renderer runs on this machine: {error}")
+
+
+@pytest.fixture(scope="module")
+def episodes(renderer):
     return [simulate("val_combo", index, renderer=renderer, masks=True) for index in CLIPS]
 
 
 @pytest.fixture(scope="module")
 def samples(episodes):
+    return samples_of(episodes)
+
+
+def samples_of(episodes):
     found = []
     for clip in episodes:
         numbers = {name: torch.from_numpy(value) for name, value in clip.arrays().items()}
@@ -95,6 +104,14 @@ def test_truth_follows_and_a_still_picture_does_not(samples):
     swapped = figures["swapped"]  # the same video for another instruction: a model that does not listen
     assert swapped["followed"]["mean"] == 0 and swapped["still_the_first"]["mean"] == 1
     assert swapped["changed"]["mean"] == 0
+
+
+def test_things_that_move_by_themselves_are_judged_alike(renderer):
+    clips = [tabletop_objects.simulate("val_iid", index, renderer=renderer, masks=True) for index in range(4)]
+    assert {clip.caption.split()[3] for clip in clips} == {"rises", "slides"}
+    figures = evaluate_instructions(lambda sample, caption, seed: as_float(sample), samples_of(clips))
+    assert figures["truth"]["followed"]["mean"] == 1 and figures["truth"]["followed"]["count"] == len(clips)
+    assert figures["copy_last_frame"]["object"]["mean"] == figures["swapped"]["followed"]["mean"] == 0
 
 
 def test_noise_and_darkness_do_not_matter(samples):

@@ -24,13 +24,15 @@ WAY = 0.5  # cosine between a motion and the direction told: within 60 degrees, 
 REACH = 0.12  # of the frame's width: how far an object gets from one frame to the next
 LEAST_SEEN = 0.35  # of an object's pixels: with fewer it is hidden, and taken to rest
 
-_PUSH = re.compile(rf"pushes the (\w+ \w+) (?:off the table )?({'|'.join(DIRECTIONS)})")
-_PICK = re.compile(r"picks up the (\w+ \w+)")
+_WAYS = "|".join(DIRECTIONS)
+# What a robot does to an object, and what one does by itself.
+_PUSH = re.compile(rf"pushes the (\w+ \w+) (?:off the table )?({_WAYS})|The (\w+ \w+) slides ({_WAYS})")
+_PICK = re.compile(r"picks up the (\w+ \w+)|The (\w+ \w+) rises into the air")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a caption asks for: push an object in a direction, or pick it up (direction None)."""
+    """What a caption asks for: that an object is pushed or slides in a direction, or is picked up or rises (direction None)."""
 
     object: str
     direction: str | None
@@ -39,9 +41,9 @@ class Instruction:
     def of(cls, caption: str) -> "Instruction | None":
         """None for a caption that asks for nothing that could be measured."""
         if push := _PUSH.search(caption):
-            return cls(*push.groups())
+            return cls(*filter(None, push.groups()))
         pick = _PICK.search(caption)
-        return cls(pick[1], None) if pick else None
+        return cls(pick[1] or pick[2], None) if pick else None
 
 
 def swap_instruction(caption: str, names: list[str]) -> str | None:
