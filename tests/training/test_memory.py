@@ -127,6 +127,8 @@ def test_methods_are_ordered_as_they_must_be():
     assert totals["lora"]["optimizer"] == totals["qlora"]["optimizer"] < 0.2 * totals["full"]["optimizer"]
     whole = estimate_posttraining("nano-video2world", "lora", **settings, gradient_checkpointing=False)
     assert whole["activations"] > 1.5 * totals["lora"]["activations"]
+    twice = estimate_posttraining("nano-video2world", "lora", **settings, gradient_checkpointing=False, contrast=True)
+    assert 1.5 < twice["activations"] / whole["activations"] <= 2
     shared = estimate_posttraining("nano-video2world", "lora", **settings, launch="fsdp2", processes=4)
     assert shared["weights"] == pytest.approx(totals["lora"]["weights"] / 4)
     for arguments, message in (

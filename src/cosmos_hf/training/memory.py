@@ -98,6 +98,7 @@ def estimate_posttraining(
     average: bool = True,
     mixed_precision: bool = True,
     gradient_checkpointing: bool = True,
+    contrast: bool = False,
 ) -> dict[str, float]:
     """GiB per device by part, and their "total": `estimate_memory` and the "activations" of a step, with fused attention.
 
@@ -105,6 +106,7 @@ def estimate_posttraining(
         model: the name of a preset of either family ("7b-video2world", "4b"), or a transformer on the meta device.
         method: "full", "lora", "lora bfloat16" (the frozen base's blocks in 16 bits) or "qlora" (in 4 bits).
         latent_shape: latent frames, height and width of the clips.
+        contrast: for a run with that setting, which evaluates the network twice before it goes back.
 
     Counted are the tensors that the network makes, not the buffers that a kernel takes for itself nor what an allocator keeps
     aside; the blocks that FSDP2 and ZeRO-3 gather come on top. Raises ValueError for an unknown model, method or launch.
@@ -129,7 +131,9 @@ def estimate_posttraining(
         frozen = 4 * (total - in_blocks) + BASE_BYTES[METHODS[method]] * in_blocks
         sharing = processes if "weights" in SHARED[launch] else 1
         state["weights"] += frozen / sharing / GIB
-    held = _step(transformer.train(), latent_shape, batch_size, text_length, mixed_precision, METHODS[method])
+    evaluations = 2 if contrast else 1
+    shape = latent_shape, batch_size, text_length
+    held = _step(transformer.train(), shape, mixed_precision, METHODS[method], evaluations)
     state["activations"] = max(0.0, held - 4 * learns) / GIB  # the gradients are counted already
     state.pop("total")
     return state | {"total": sum(state.values())}
@@ -145,8 +149,11 @@ def _on_meta(name: str) -> nn.Module:
     raise ValueError(f"unknown model {name!r}; there is {there}")
 
 
-def _step(transformer, latent_shape, batch_size: int, text_length: int, mixed: bool, precision: str) -> int:
-    """Bytes that forward and backward hold at their worst moment, gradients of what learns among them."""
+def _step(transformer, shape: tuple, mixed: bool, precision: str, evaluations: int) -> int:
+    """Bytes that forward and backward hold at their worst moment, gradients of what learns among them.
+
+    shape: (latent_shape, batch size, length of text).
+    """
     if precision != "float32":  # unpacked or not, a product sees weights in the precision of the computation
         for name, layer in blocks_of(transformer).named_modules():
             if isinstance(layer, nn.Linear) and ".lora_" not in name:
@@ -157,7 +164,7 @@ def _step(transformer, latent_shape, batch_size: int, text_length: int, mixed: b
 
         def step():
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                loss = run(transformer, latent_shape, batch_size, text_length)
+                loss = sum(run(transformer, *shape) for _ in range(evaluations))
             loss.backward()
             return [p.grad for p in transformer.parameters()]
 
