@@ -244,25 +244,31 @@ def simulate(
     seed: int = 0,
     renderer: str | None = "filament",
     masks: bool = False,
-    instructions: bool = False,
+    turns: int = 0,
 ) -> Episode:
     """Clip `index` of a split, a pure function of its arguments but for Filament's dithering (`render.restart_filament`).
 
     `renderer`: "filament", "classic", or None for no pictures (frames of zeros). `masks`: render the segmentation too.
-    `instructions`: always pick or push, and say nothing else (`tabletop_instructions`).
+    `turns`: pick or push in every clip, of which so many in a row are of one scene and take its objects in turn, and say nothing
+    else (`tabletop_instructions`).
     """
     plan = None
-    scene_index = index
+    scene_index, turn = divmod(index, turns) if turns else (index, 0)
     if split == "val_counterfactual":
         scene_index, plan_index = divmod(index, len(PLANS))
         plan = list(PLANS)[plan_index]
     rng = np.random.default_rng([seed, *split.encode(), scene_index])
     scene = sample_scene(rng, split)
+    target = None
+    if turns:
+        target = int(rng.permutation(len(scene.objects))[turn % len(scene.objects)])
+        rng = np.random.default_rng([seed, *split.encode(), scene_index, turn])
+    if split == "val_combo":
+        target = 0  # the held-out pair
     model = build_model(scene)
     robot = Robot(model)
-    kind = "plan" if plan else str(rng.choice(KINDS, p=TOLD_SHARES if instructions else KIND_SHARES))
-    # Object 0 of val_combo is the held-out pair.
-    policy = None if plan else Policy(robot, kind, rng, target=0 if split == "val_combo" else None)
+    kind = "plan" if plan else str(rng.choice(KINDS, p=TOLD_SHARES if turns else KIND_SHARES))
+    policy = None if plan else Policy(robot, kind, rng, target)
     take = Camera(model, renderer, masks)
     take.picture(robot)
     commands = []
@@ -276,7 +282,7 @@ def simulate(
     return Episode(
         scene=scene,
         kind=kind,
-        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng, not instructions),
+        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng, beside=not turns),
         frames=np.array(take.frames),
         states=states,
         actions=actions_from_states(states),

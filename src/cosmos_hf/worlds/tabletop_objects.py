@@ -14,7 +14,7 @@ from ..conditioning.robot_states import actions_from_states
 from . import tabletop
 from .captions import direction_in_view
 from .tabletop import FPS, HEIGHT, WIDTH, Camera, Robot, intrinsics, world_to_camera
-from .tabletop_instructions import ToldEpisode
+from .tabletop_instructions import CLIPS_PER_SCENE, ToldEpisode
 from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
 
 __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
@@ -22,7 +22,6 @@ __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulat
 VERSION = 1
 SPLITS = tuple(split for split in tabletop.SPLITS if split != "val_counterfactual")
 NUM_FRAMES = 17
-CLIPS_PER_SCENE = 4
 RISES = "rises into the air"
 
 
