@@ -26,8 +26,8 @@ LEAST_SEEN = 0.35  # of an object's pixels: with fewer it is hidden, and taken t
 
 _WAYS = "|".join(DIRECTIONS)
 # What a robot does to an object, and what one does by itself.
-_PUSH = re.compile(rf"pushes the (\w+ \w+) (?:off the table )?({_WAYS})|The (\w+ \w+) slides ({_WAYS})")
-_PICK = re.compile(r"picks up the (\w+ \w+)|The (\w+ \w+) rises into the air")
+_PUSH = re.compile(rf"[Pp]ush(?:es)? the (\w+ \w+) (?:off the table )?({_WAYS})|The (\w+ \w+) slides ({_WAYS})")
+_PICK = re.compile(r"[Pp]icks? up the (\w+ \w+)|The (\w+ \w+) rises into the air")
 
 
 @dataclass(frozen=True)

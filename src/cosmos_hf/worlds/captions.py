@@ -9,7 +9,8 @@ from .tabletop_scene import SceneSpec
 
 SUBJECTS = ("A robot arm", "A robotic arm", "The robot arm", "A robot arm with a two-finger gripper")
 # What an instruction names, and what it could have said of the same object instead.
-_PUSHES, _PICKS = re.compile(r"pushes the (\w+ \w+)"), re.compile(r"picks up the (\w+ \w+) and puts it down")
+_PUSH, _PICK = re.compile(r"Push the (\w+ \w+)"), re.compile(r"Pick up the (\w+ \w+) and put it down")
+_VERBS = re.compile(r"\b(pick|put|lift|drop|push|reach|move)(?:es|s)\b")
 LIFTED, MOVED = 0.08, 0.03  # metres: height and distance that count
 
 
@@ -43,9 +44,10 @@ def caption(
     gripper: np.ndarray,
     camera_axes: np.ndarray,
     rng: np.random.Generator,
-    beside: bool = True,
+    instruct: bool = False,
 ) -> str:
-    """One sentence of what happened: who, which object, where to, and with `beside` sometimes what stands beside it.
+    """One sentence of what happened: who, which object, where to, and sometimes what stands beside it; or to `instruct` the robot
+    to do it, without a word of who and what stands beside.
 
     `kind`: "pick", "push", "random" or "plan"; `positions` [T, N, 3] of the objects and `gripper` [T, 3], metres in the
     world; `camera_axes` as `camera_pose` gives them.
@@ -74,15 +76,17 @@ def caption(
         text = "moves freely above the table" if kind == "random" else _path_in_view(gripper, camera_axes)
         if lengths[hit] > MOVED:
             target, text = hit, f"bumps into the {scene.objects[hit].name}"
+    if instruct:
+        return _VERBS.sub(r"\1", text).capitalize() + "."
     others = [with_article(thing.name) for i, thing in enumerate(scene.objects) if i != target]
-    neighbours = f", next to {' and '.join(others)}" if beside and others and rng.random() < 0.7 else ""
+    neighbours = f", next to {' and '.join(others)}" if others and rng.random() < 0.7 else ""
     return f"{subject} {text}{neighbours}."
 
 
 def alternatives(text: str, name: str, names: list[str]) -> list[str]:
-    """What a caption about the object `name` could have said instead in a scene of the objects `names`, and what did not happen:
-    the same with another object, in another direction, and with picking for pushing or the other way round."""
+    """What an instruction about the object `name` could have said instead in a scene of the objects `names`: the same with another
+    object, in another direction, and with picking for pushing or the other way round."""
     told = [text.replace(name, other) for other in dict.fromkeys(names) if other != name]
     told += [text.replace(way, other) for way in DIRECTIONS if way in text for other in DIRECTIONS if other != way]
-    told += [_PUSHES.sub(r"picks up the \1 and puts it down", text), _PICKS.sub(r"pushes the \1", text)]
+    told += [_PUSH.sub(r"Pick up the \1 and put it down", text), _PICK.sub(r"Push the \1", text)]
     return [other for other in told if other != text]

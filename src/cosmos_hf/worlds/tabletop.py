@@ -249,8 +249,8 @@ def simulate(
     """Clip `index` of a split, a pure function of its arguments but for Filament's dithering (`render.restart_filament`).
 
     `renderer`: "filament", "classic", or None for no pictures (frames of zeros). `masks`: render the segmentation too.
-    `turns`: pick or push in every clip, of which so many in a row are of one scene and take its objects in turn, and say nothing
-    else (`tabletop_instructions`).
+    `turns`: pick or push in every clip, of which so many in a row are of one scene and take its objects in turn, and tell it
+    as an instruction (`tabletop_instructions`).
     """
     plan = None
     scene_index, turn = divmod(index, turns) if turns else (index, 0)
@@ -282,7 +282,9 @@ def simulate(
     return Episode(
         scene=scene,
         kind=kind,
-        caption=caption(scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng, beside=not turns),
+        caption=caption(
+            scene, kind, target, positions, states[:, :3], camera_pose(scene)[1], rng, instruct=bool(turns)
+        ),
         frames=np.array(take.frames),
         states=states,
         actions=actions_from_states(states),

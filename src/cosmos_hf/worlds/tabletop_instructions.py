@@ -1,6 +1,8 @@
-"""The table-top world as a robot is told what to do there: it picks or pushes in every clip, and captions say that alone, not what
-stands beside it. The one object named is the one meant, which a small model learns sooner; and every clip has `alternatives`, what
-could have been told instead.
+"""The table-top world as a robot is told what to do there: it picks or pushes in every clip, and captions are instructions,
+"Push the red cube to the left." Every clip has `alternatives`, what could have been told instead.
+
+An instruction begins with what is asked for. In "A robot arm with a two-finger gripper pushes the red cube" the bundled text
+encoder, which learned from captions of what is in the picture, hardly tells red from blue; in "Push the red cube" it does.
 
 Four clips in a row are of one scene, in which every object has its turn. A model that sees a scene with one instruction alone
 learns by heart what happens there, and has no need to read.
