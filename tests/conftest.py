@@ -26,3 +26,14 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     video2world().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def renderer():
+    """The name of the best renderer that runs here; tests that need one are skipped where none does."""
+    from cosmos_hf.worlds.render import choose_renderer
+
+    try:
+        return choose_renderer()
+    except RuntimeError as error:
+        pytest.skip(f"no renderer runs on this machine: {error}")

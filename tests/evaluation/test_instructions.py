@@ -26,7 +26,6 @@ from tiny_pipelines import SETTINGS, autoregressive, components
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 from cosmos_hf.worlds import tabletop_objects
 from cosmos_hf.worlds.captions import direction_in_view
-from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.shards import sample_of
 from cosmos_hf.worlds.tabletop import simulate
 
@@ -34,14 +33,6 @@ FRAMES, CLIPS = (
     17,
     (13, 6, 5),
 )  # of val_combo: a push to the camera, a pick, a push to the left beside two other objects
-
-
-@pytest.fixture(scope="module")
-def renderer():
-    try:
-        return choose_renderer()
-    except RuntimeError as error:
-        pytest.skip(f"no renderer runs on this machine: {error}")
 
 
 @pytest.fixture(scope="module")

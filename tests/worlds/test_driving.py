@@ -9,7 +9,6 @@ pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf
 
 from cosmos_hf.worlds import driving, driving_front
 from cosmos_hf.worlds.driving_scene import HALF_ROAD, LIGHTS, PITCH, STYLES
-from cosmos_hf.worlds.render import choose_renderer
 
 without_pictures = cache(lambda split, index: driving.simulate(split, index, renderer=None))
 CLIPS = [("train", i) for i in range(8)]
@@ -93,12 +92,8 @@ def test_views_look_where_their_names_say_and_overlap_all_around():
         assert np.linalg.det(matrix[:3, :3]) == pytest.approx(1)
 
 
-def test_cars_project_onto_their_masks():
+def test_cars_project_onto_their_masks(renderer):
     """The recorded cameras: a car's middle is projected into its mask."""
-    try:
-        choose_renderer()
-    except RuntimeError as error:
-        pytest.skip(f"no renderer runs on this machine: {error}")
     views = ("front", "back")
     index = next(i for i in range(20) if "car ahead" in without_pictures("val_iid", i).caption)
     episode = driving.simulate("val_iid", index, renderer=None, truth=True, views=views)

@@ -9,18 +9,13 @@ pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf
 
 from cosmos_hf.conditioning.camera import CameraPath, camera_centres, relative_extrinsics
 from cosmos_hf.worlds import rooms
-from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.rooms_scene import COLORS, FLOORS, FURNITURE, WALLS, sample_room
 
 without_pictures = cache(lambda split, index: rooms.simulate(split, index, renderer=None))
 
 
-def test_depth_and_poses_agree_by_reprojection():
+def test_depth_and_poses_agree_by_reprojection(renderer):
     """What a pixel of the first frame sees lies, moved into a later frame by the poses, at the depth that is seen there."""
-    try:
-        choose_renderer()
-    except RuntimeError as error:
-        pytest.skip(f"no renderer runs on this machine: {error}")
     index = next(i for i in range(20) if without_pictures("val_iid", i).kind.startswith(("orbit", "truck")))
     episode = rooms.simulate("val_iid", index, renderer=None, truth=True)
     assert episode.depth.shape == (rooms.NUM_FRAMES, 96, 128) and episode.depth.dtype == np.float16

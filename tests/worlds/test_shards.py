@@ -27,11 +27,7 @@ def samples(path):
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
-    try:
-        choose_renderer()
-    except RuntimeError as error:
-        pytest.skip(f"no renderer runs on this machine: {error}")
+def rendered(tmp_path_factory, renderer):
     root = tmp_path_factory.mktemp("tabletop")
     render_split(root, "val_iid", 2, clips_per_shard=1, num_workers=1, progress=False)
     return root

@@ -8,18 +8,10 @@ import pytest
 pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
 
 from cosmos_hf.conditioning.robot_states import integrate_actions
-from cosmos_hf.worlds.render import choose_renderer
 from cosmos_hf.worlds.tabletop import NUM_FRAMES, PLANS, Policy, Robot, simulate
 from cosmos_hf.worlds.tabletop_scene import build_model, sample_scene
 
 without_pictures = cache(lambda split, index: simulate(split, index, renderer=None))
-
-
-def renderer_or_skip():
-    try:
-        return choose_renderer()
-    except RuntimeError as error:
-        pytest.skip(f"no renderer runs on this machine: {error}")
 
 
 def run_policy(kind, seed, target=None):
@@ -112,9 +104,8 @@ def test_val_combo_acts_on_the_held_out_object(index):
     assert moved.argmax() == 0 and moved[0] > 0.03
 
 
-def test_objects_project_onto_their_masks():
+def test_objects_project_onto_their_masks(renderer):
     """The recorded camera, to 1.5 pixels: an object's centre projects onto the centroid of its mask."""
-    renderer_or_skip()
     checked = 0
     for index in range(2):
         episode = simulate("val_iid", index, renderer=None, masks=True)

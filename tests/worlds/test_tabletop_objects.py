@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("cosmos_hf.worlds.render", reason="needs the extra cosmos-hf[worlds]", exc_type=ImportError)
+
 from cosmos_hf.worlds import tabletop_objects
 from cosmos_hf.worlds.captions import direction_in_view
 from cosmos_hf.worlds.tabletop_objects import CLIPS_PER_SCENE, RISES, SPLITS, simulate
@@ -56,8 +58,8 @@ def test_equal_arguments_give_equal_clips_and_splits_keep_to_their_pairs():
     assert simulate("train", 5, 1, renderer=None).scene != simulate("train", 5, renderer=None).scene
 
 
-def test_an_episode_is_complete():
-    clip = simulate("val_iid", 0, renderer="classic", masks=True)
+def test_an_episode_is_complete(renderer):
+    clip = simulate("val_iid", 0, renderer=renderer, masks=True)
     count = tabletop_objects.NUM_FRAMES
     assert clip.frames.shape == (count, 96, 128, 3) and clip.masks.shape == (count, 96, 128)
     own = clip.masks == 2 + clip.target

@@ -3,7 +3,6 @@
 World frame: x away from the robot's base, y to its left, z up, metres. End-effector angles are zero pointing down.
 """
 
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -100,18 +99,11 @@ class Robot:
     def object_positions(self) -> np.ndarray:
         return np.array([self.data.body(f"object{i}").xpos for i in range(self._num_objects)])
 
-    @contextmanager
-    def moved(self, target: int, by: np.ndarray):
-        """With object `target` put [3] metres further on, for as long as this lasts; no time passes."""
-        start = self.data.qpos.copy()
-        address = self.model.jnt_qposadr[self.model.body(f"object{target}").jntadr[0]]
-        self.data.qpos[address : address + 3] += by
+    def put_object(self, index: int, position: np.ndarray):
+        """Set the place [3] of an object, in metres in the world; no time passes."""
+        address = self.model.jnt_qposadr[self.model.body(f"object{index}").jntadr[0]]
+        self.data.qpos[address : address + 3] = position
         mujoco.mj_forward(self.model, self.data)
-        try:
-            yield
-        finally:
-            self.data.qpos[:] = start
-            mujoco.mj_forward(self.model, self.data)
 
     def _hold(self):
         opening = _FINGER_CLOSED + _FINGER_STROKE * self._gripper

@@ -11,30 +11,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..conditioning.robot_states import actions_from_states
-from . import tabletop
 from .captions import direction_in_view
+from .render import mujoco
 from .tabletop import FPS, HEIGHT, WIDTH, Camera, Robot, intrinsics, world_to_camera
-from .tabletop_instructions import CLIPS_PER_SCENE, ToldEpisode
+from .tabletop_instructions import CLIPS_PER_SCENE, SPLITS, ToldEpisode
 from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
 
 __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
 
 VERSION = 1
-SPLITS = tuple(split for split in tabletop.SPLITS if split != "val_counterfactual")
 NUM_FRAMES = 17
 RISES = "rises into the air"
 
 
 @dataclass
 class _Move:
-    """It is `distance` metres further on along `along` [3] after `steps` frames, and stays there."""
+    """An even motion, and then rest."""
 
     text: str  # after "The red cube"
-    along: np.ndarray
-    distance: float
-    steps: int
+    along: np.ndarray  # [3] of length 1, in the world
+    distance: float  # metres
+    steps: int  # frames until it is there
 
     def at(self, frame: int) -> np.ndarray:
+        """The displacement [3] at a frame, in metres."""
         return self.along * self.distance * min(1, frame / self.steps)
 
 
@@ -55,18 +55,20 @@ def simulate(
     target = 0 if split == "val_combo" else int(order[turn % len(order)])  # there it is the held-out pair
     move = _draw_move(scene, np.random.default_rng([seed, *split.encode(), scene_index, turn]))
     take = Camera(robot.model, renderer, masks)
+    start = robot.object_positions()[target].copy()
     for frame in range(NUM_FRAMES):
-        with robot.moved(target, move.at(frame)):
-            take.picture(robot)
+        robot.put_object(target, start + move.at(frame))
+        take.picture(robot)
     states = np.array(take.states)
+    actions = actions_from_states(states)  # which a robot that stands still was also told
     return ToldEpisode(
         scene=scene,
         kind="objects",
         caption=f"The {scene.objects[target].name} {move.text}.",
         frames=np.array(take.frames),
         states=states,
-        actions=actions_from_states(states),
-        commands=actions_from_states(states),
+        actions=actions,
+        commands=actions,
         object_positions=np.array(take.positions),
         intrinsics=intrinsics(),
         extrinsics=np.repeat(world_to_camera(scene)[None], NUM_FRAMES, axis=0),
@@ -80,6 +82,7 @@ def _standing_robot(scene: SceneSpec, rng: np.random.Generator) -> Robot:
     robot = Robot(build_model(scene))
     for _ in range(8):
         robot.step(np.array([*rng.normal(0, 0.02, 2), abs(rng.normal(0, 0.02)), 0, 0, 0, 1]))
+    mujoco.mj_forward(robot.model, robot.data)  # a step leaves the objects' places as they were before it
     return robot
 
 
