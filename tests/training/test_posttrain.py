@@ -229,7 +229,7 @@ def test_a_grown_layer_is_a_plain_one_in_two_parts():
     grown = GrownLinear(linear, [slice(2, 5), slice(7, 8)])
     x = torch.randn(3, 10)
     torch.testing.assert_close(grown(x), linear(x))
-    assert torch.equal(grown.whole(), linear.weight)
+    assert torch.equal(grown.added, linear.weight[:, [2, 3, 4, 7]])
 
 
 def test_actions_are_learned_and_the_figures_show_it(make, data):
@@ -427,6 +427,39 @@ def test_an_adapter_computes_what_was_trained(make, base, pipe, tmp_path, hidden
     with torch.no_grad():
         expected, result = trained(*inputs, **given).sample, pipe.transformer(*inputs, **given).sample
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("conditions", [("action", "camera"), ("instruction",), ("trajectory",)], ids="+".join)
+def test_a_run_goes_on_from_an_adapter(make, tmp_path, conditions, caplog):
+    more = dict(text_refiner_layers=1) if "instruction" in conditions else {}
+    more |= {} if "action" in conditions else dict(action_spec="")
+    trained = adapter_of(make(*conditions, **more), tmp_path / "adapter")
+    more["action_spec"] = ""
+    with caplog.at_level("INFO"):
+        model, _, _, batches, _ = assemble(make(*conditions, **more, init_adapter=str(tmp_path / "adapter")))
+    assert f"going on from the adapter in {tmp_path / 'adapter'}" in caplog.text
+    there, here = trained.state_dict(), model.transformer.state_dict()
+    assert there.keys() == here.keys() and all(torch.equal(value, there[name]) for name, value in here.items())
+    assert any(p.requires_grad for p in model.transformer.parameters())
+    if batches.spec is not None:
+        assert batches.spec == ActionSpec.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(lora_rank=2), "has lora_rank 4, this run 2"),
+        (dict(lora_alpha=8.0), "has lora_alpha 16.0, this run 8.0"),
+        (dict(lora_rank=0, lora_targets=["to_q"]), "lora_rank=0 would train the base's weights"),
+        (dict(lora_targets=["to_q"]), "has not the layers of this run's lora_targets: .* weights differ"),
+        (dict(action_spec="bridge"), "says itself what its actions mean: leave out action_spec=bridge"),
+        (dict(action_hidden_dim=24), "adds .* to its base, this run adds .*action_hidden_dim"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_shape_is_not_gone_on_from(make, adapters, more, message):
+    with pytest.raises(ValueError, match=message):
+        assemble(make("action", **(dict(action_spec="", init_adapter=str(adapters / "action")) | more)))
 
 
 def test_an_adapter_may_read_the_text_once_more(make, pipe, tmp_path):

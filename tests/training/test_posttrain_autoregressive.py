@@ -224,6 +224,14 @@ def test_an_adapter_computes_what_was_trained(make, bases, base, tmp_path):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_run_goes_on_from_an_adapter(make, bases, tmp_path):
+    folder, more = tmp_path / "adapter", dict(base="plain", text_encoder=str(bases["text"]), max_sequence_length=24)
+    trained = adapter_of(make("action", "instruction", **more), folder)
+    model, *_ = assemble(make("action", "instruction", **more, action_spec="", init_adapter=str(folder)))
+    there, here = trained.state_dict(), model.transformer.state_dict()
+    assert there.keys() == here.keys() and all(torch.equal(value, there[name]) for name, value in here.items())
+
+
 def test_adapters_together_alone_and_unloaded(make, bases, tmp_path):
     """An instruction adapter for a base that knew no text, beside one for actions."""
     for name in ("action", "instruction"):

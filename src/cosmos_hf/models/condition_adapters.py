@@ -70,13 +70,6 @@ class GrownLinear(nn.Module):
         base = F.linear(x[..., self.base_columns], self.weight)
         return base + F.linear(x[..., self.new_columns], self.added)
 
-    def whole(self) -> torch.Tensor:
-        """The weight of a plain linear layer that computes the same, [D, columns]."""
-        weight = self.weight.new_empty(len(self.weight), len(self.base_columns) + len(self.new_columns))
-        weight[:, self.base_columns.to(weight.device)] = self.weight.detach()
-        weight[:, self.new_columns.to(weight.device)] = self.added.detach()
-        return weight
-
 
 @dataclass
 class ConditionAdapter:
@@ -132,12 +125,14 @@ class ConditionAdapter:
         extend = ar_conditions.extend_conditions if is_autoregressive(model) else extend_conditions
         extend(model, **self.changes)
         try:
-            self._fill(model, scale)
+            self.fill(model, scale)
         except ValueError:
             self.remove_from(model)
             raise
 
-    def _fill(self, model, scale: float):
+    @torch.no_grad()
+    def fill(self, model, scale: float = 1.0):
+        """Put the weights into a model that has the conditions already. ValueError for weights that do not fit."""
         left, is_output = dict(self.weights), ar_conditions.is_output if is_autoregressive(model) else _is_output
         for name, tensor in added_weights(model, self.changes).items():
             value = self._take(left, name, tensor.shape).to(tensor)
@@ -202,9 +197,13 @@ def added_weights(model, changes: dict) -> dict[str, torch.Tensor]:
     if is_autoregressive(model):
         return ar_conditions.added_weights(model, changes)
     proj = model.patch_embed.proj
-    weight = proj.whole() if isinstance(proj, GrownLinear) else proj.weight.detach()
     columns = channel_columns(model.config, model.patch_embed.patch_size)
-    weights = {COLUMNS + name: weight[:, columns[name]] for name in added_columns(changes)}
+    columns = {name: columns[name] for name in added_columns(changes)}
+    if isinstance(proj, GrownLinear):
+        parts = proj.added.detach().split([part.stop - part.start for part in columns.values()], dim=1)
+    else:
+        parts = [proj.weight.detach()[:, part] for part in columns.values()]
+    weights = {COLUMNS + name: part for name, part in zip(columns, parts, strict=True)}
     for name in added_parts(changes):
         weights |= {f"{name}.{key}": value for key, value in getattr(model, name).state_dict().items()}
     return weights

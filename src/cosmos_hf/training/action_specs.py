@@ -28,7 +28,13 @@ def find_action_spec(
     if "trajectory" in config.conditions:
         fps = data[0]["fps"]
         spec = trajectory_spec(config.trajectory_points * fps / (config.num_frames - 1))
-        spec = spec.with_statistics([points for _, points in _points(config, spec, data)], config.action_normalisation)
+        if config.init_adapter:
+            known = ActionSpec.load(config.init_adapter)
+            known.check_same(spec)
+            spec = known
+        else:
+            points = [points for _, points in _points(config, spec, data)]
+            spec = spec.with_statistics(points, config.action_normalisation)
         for name, dataset in (validation or {}).items():
             _warn_of_range(spec, name, _points(config, spec, dataset))
         return spec

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_pipeline import CosmosLoraLoaderMixin
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from ..conditioning.action import ActionSpec
+from ..conditioning.action import FILE_NAME, ActionSpec
 from ..conditioning.views import check_view_names
 from ..data.sampling import in_order
 from ..models.condition_adapters import ConditionAdapter
@@ -32,6 +32,12 @@ PRECISIONS = ("float32", "bfloat16", "nf4")  # of a frozen base's blocks
 class AdapterSettings(RunConfig):
     """The settings of a post-training that do not depend on the kind of base."""
 
+    init_adapter: str = field(
+        default="",
+        metadata={
+            "help": "go on from this adapter of the same base and shape (a folder) instead of from the base alone"
+        },
+    )
     lora_rank: int = field(default=16, metadata={"help": "0: train all weights instead"})
     lora_alpha: float = field(default=16.0, metadata={"help": "the LoRA counts lora_alpha / lora_rank"})
     base_precision: str = field(
@@ -67,7 +73,20 @@ class AdapterSettings(RunConfig):
                 f"condition_lr_scale must be positive and belongs to LoRA, got {self.condition_lr_scale} with "
                 f"lora_rank={self.lora_rank}"
             )
+        self._check_init_adapter()
         self._check_precision()
+
+    def _check_init_adapter(self):
+        if not self.init_adapter:
+            return
+        if not self.lora_rank:
+            raise ValueError("init_adapter is gone on from by LoRA: lora_rank=0 would train the base's weights")
+        if (Path(self.init_adapter) / FILE_NAME).exists():
+            if self.action_spec:
+                raise ValueError(
+                    f"{self.init_adapter} says itself what its actions mean: leave out action_spec={self.action_spec}"
+                )
+            self.action_spec = self.init_adapter
 
     def _check_precision(self):
         if self.base_precision not in PRECISIONS:
@@ -154,6 +173,37 @@ def lower_precision(transformer: nn.Module, config: AdapterSettings):
         for name, layer in blocks_of(transformer).named_modules():
             if isinstance(layer, nn.Linear) and ".lora_" not in name:
                 layer.to(torch.bfloat16)
+
+
+def go_on_from(transformer: nn.Module, config: AdapterSettings, changes: dict):
+    """Fill the run's LoRA and new parts, which stand at zero, with those of `init_adapter`; nothing without one.
+
+    ValueError where it is of another base, adds other conditions than `changes`, or its LoRA has another shape.
+    """
+    folder = config.init_adapter
+    if not folder:
+        return
+    adapter = ConditionAdapter.load(folder)
+    if adapter.changes != changes:
+        raise ValueError(f"init_adapter {folder} adds {adapter.changes} to its base, this run adds {changes}")
+    if (views := adapter.record.get("views", config.views)) != config.views:
+        raise ValueError(f"init_adapter {folder} has the views {views}, this run {config.views}")
+    adapter.check_base(transformer)
+    lora, settings = CosmosLoraLoaderMixin.lora_state_dict(folder, return_lora_metadata=True)
+    for name, entry in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
+        known, asked = (settings or {}).get(f"transformer.{entry}"), getattr(config, name)
+        if known != asked:
+            raise ValueError(f"init_adapter {folder} has {name} {known}, this run {asked}")
+    lora = {name.removeprefix("transformer."): value for name, value in lora.items()}
+    layers = get_peft_model_state_dict(transformer, adapter_name="default")
+    if different := sorted(lora.keys() ^ layers.keys()):
+        raise ValueError(
+            f"init_adapter {folder} has not the layers of this run's lora_targets: {len(different)} weights differ, the first "
+            f"is {different[0]}"
+        )
+    adapter.fill(transformer)
+    set_peft_model_state_dict(transformer, lora, adapter_name="default")
+    logger.info("going on from the adapter in %s", folder)
 
 
 def learn_as_new(parameters: Iterable[nn.Parameter], config: AdapterSettings):

@@ -36,6 +36,7 @@ from .adaptation import (
     check_same_output,
     errors_of,
     freeze,
+    go_on_from,
     learn_as_new,
     pipeline_settings,
     save_adapter,
@@ -258,13 +259,15 @@ def build_scheduler(config: PosttrainConfig) -> CosmosEDMScheduler:
 def build_model(config: PosttrainConfig, action_dim: int | None) -> WorldModel:
     """The base with the run's conditions, and with LoRA where that is asked for; what is trained requires a gradient.
 
-    Raises TrainingError where it does not compute what the base does, ValueError for LoRA targets that match nothing.
+    Raises TrainingError where it does not compute what the base does, ValueError for LoRA targets that match nothing and an
+    `init_adapter` of another shape.
     """
     transformer = CosmosWorldTransformer3D.from_pretrained(Path(config.init_from) / "transformer")
     changes = config_changes(config, action_dim)
     if config.lora_rank:
         freeze(transformer, config)
     check_step_zero(transformer, lambda: _prepare(transformer, config, changes))
+    go_on_from(transformer, config, changes)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     tell_trained(transformer)

@@ -27,6 +27,7 @@ from .adaptation import (
     check_same_output,
     errors_of,
     freeze,
+    go_on_from,
     learn_as_new,
     pipeline_settings,
     save_adapter,
@@ -141,7 +142,7 @@ def build_model(config: ARPosttrainConfig, spec: ActionSpec | None, temporal: in
     """The base with the run's conditions, and with LoRA where that is asked for; and what was added to its config.
 
     temporal: the tokenizer's factor, actions per latent frame. Raises TrainingError where the model does not compute what the
-    base does, ValueError for LoRA targets that match nothing and a condition that the base has.
+    base does, ValueError for LoRA targets that match nothing, a condition that the base has and an `init_adapter` of another shape.
     """
     transformer = CosmosARForCausalLM.from_pretrained(Path(config.init_from) / "transformer").eval()
     changes = config_changes(config, transformer.config, spec, temporal)
@@ -159,6 +160,7 @@ def build_model(config: ARPosttrainConfig, spec: ActionSpec | None, temporal: in
             learn_as_new((transformer.get_parameter(name) for name in added_weights(transformer, changes)), config)
 
     check_step_zero(transformer, prepare, "views" in config.conditions)
+    go_on_from(transformer, config, changes)
     if config.gradient_checkpointing:
         transformer.gradient_checkpointing_enable()
     tell_trained(transformer)
