@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cosmos_hf.training.config import RunConfig
-from cosmos_hf.training.loop import TrainingError, checkpoints, learning_rate_factor
+from cosmos_hf.training.loop import Stop, TrainingError, checkpoints, learning_rate_factor
 from loop_problem import losses, plain_loss, run
 
 
@@ -96,6 +96,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
         asked.calls += 1
         if asked.calls == 4:
             os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as torchrun passes on what the terminal sent to all
         return plain_loss(model, batch)
 
     asked.calls = 0
@@ -103,6 +104,19 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000002"]
     assert (tmp_path / "export" / "model.pt").exists()
     assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stop, "TWICE", -1.0)
+
+    def asked(model, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain_loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, loss=asked, max_steps=50)
+    assert not checkpoints(tmp_path)
 
 
 def test_the_time_budget_saves_and_stops(tmp_path):

@@ -341,6 +341,26 @@ def test_another_text_is_made_to_matter(make, data, tmp_path):
     assert float(total) == pytest.approx(1 + 2 * 0.05 / 2)  # the second is beyond the margin
 
 
+def test_held_out_clips_tell_whether_another_text_matters(make, data, tmp_path):
+    clips = told(data, tmp_path, ["the blue ball", "a green cube"])
+    model, loss, _, batches, validation = assemble(make("instruction", data=clips, val_data=clips, contrast=2.0))
+    name = f"{tmp_path.name}_contrast_ratio"
+
+    def measure():
+        return validate_conditions(model.eval(), loss, batches, validation, 3)
+
+    for layer in model.transformer.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    first = measure()
+    torch.rand(7)
+    assert first == measure() and first[name] != 1
+    loss._evaluate = lambda model, batch, counts: (batch["text"].abs().mean(), torch.ones(1))
+    batch = batches.collate([validation[tmp_path.name][i] for i in range(3)])
+    figures = loss.sensitivity(model, batch | {"other_text": 2 * batch["text"]})
+    assert figures["contrast_ratio"] == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
     ("alternatives", "message"),
     [

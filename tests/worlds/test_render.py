@@ -41,6 +41,7 @@ def test_a_vulkan_that_aborts_does_not_take_the_process_along():
     if "no renderer runs here" in result.stderr:
         pytest.skip("no OpenGL renderer runs on this machine")
     assert result.returncode == 0 and "chose classic" in result.stdout
+    assert "worlds are rendered by the classic renderer. The bundled models never saw such pictures" in result.stderr
 
 
 def test_the_choice_is_made_once(renderer):

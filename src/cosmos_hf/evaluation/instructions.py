@@ -22,17 +22,19 @@ TRUE_MOVE, TRUE_RISE = 0.03, 0.06  # metres, by the simulator's state: instructi
 SEEN_MOVE, SEEN_RISE = 0.02, 0.03  # metres, in the picture: less is no motion
 WAY = 0.5  # cosine between a motion and the direction told: within 60 degrees, as captions round to 90
 REACH = 0.12  # of the frame's width: how far an object gets from one frame to the next
+OTHER_COLOR = (
+    0.1  # between two objects' colours, of length 1 each: with less they are told apart by their places alone
+)
 LEAST_SEEN = 0.35  # of an object's pixels: with fewer it is hidden, and taken to rest
 
 _WAYS = "|".join(DIRECTIONS)
-# What a robot does to an object, and what one does by itself.
-_PUSH = re.compile(rf"[Pp]ush(?:es)? the (\w+ \w+) (?:off the table )?({_WAYS})|The (\w+ \w+) slides ({_WAYS})")
-_PICK = re.compile(r"[Pp]icks? up the (\w+ \w+)|The (\w+ \w+) rises into the air")
+_PUSH = re.compile(rf"[Pp]ush(?:es)? the (\w+ \w+) (?:off the table )?({_WAYS})")
+_PICK = re.compile(r"[Pp]icks? up the (\w+ \w+)")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a caption asks for: that an object is pushed or slides in a direction, or is picked up or rises (direction None)."""
+    """What a caption asks for: that an object is pushed in a direction, or picked up (direction None)."""
 
     object: str
     direction: str | None
@@ -41,9 +43,9 @@ class Instruction:
     def of(cls, caption: str) -> "Instruction | None":
         """None for a caption that asks for nothing that could be measured."""
         if push := _PUSH.search(caption):
-            return cls(*filter(None, push.groups()))
+            return cls(*push.groups())
         pick = _PICK.search(caption)
-        return cls(pick[1] or pick[2], None) if pick else None
+        return cls(pick[1], None) if pick else None
 
 
 def swap_instruction(caption: str, names: list[str]) -> str | None:
@@ -74,19 +76,22 @@ def follow_objects(video: torch.Tensor, first: torch.Tensor, mask: torch.Tensor)
     """
     count, (height, width) = max(0, int(mask.max()) - 1), mask.shape
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    start, colors = _colors(first[:, None])[:, 0], _colors(video)  # [3, H, W] and [3, T, H, W]
+    start, shown = _colors(first[:, None])[:, 0], _colors(video)  # [3, H, W] and [3, T, H, W]
+    masks = {i: mask == 2 + i for i in range(count) if (mask == 2 + i).any()}
+    colors = {i: start[:, own].median(1).values for i, own in masks.items()}
     paths = torch.full((count, video.shape[1], 2), float("nan"))
-    for i in range(count):
-        own = mask == 2 + i
-        if not own.any():
-            continue
-        color = start[:, own].median(1).values
-        near = (_distance(start, color) < _tolerance(start, color, own)) & own
-        tolerance, size = _tolerance(start, color, own), int(near.sum())
+    for i, own in masks.items():
+        color = colors[i]
+        tolerance = _tolerance(start, color, own)
+        size = int(((_distance(start, color) < tolerance) & own).sum())
+        others = [other for other in colors.values() if (other - color).norm() > OTHER_COLOR]
         place = torch.stack([x[own].mean(), y[own].mean()])
         for t in range(video.shape[1]):
-            around = (x - place[0]) ** 2 + (y - place[1]) ** 2 < (REACH * width) ** 2
-            seen = (_distance(colors[:, t], color) < tolerance) & around
+            distance = _distance(shown[:, t], color)
+            like = distance < tolerance
+            for other in others:  # an orange cube passes a yellow ball
+                like &= distance < _distance(shown[:, t], other)
+            seen = like & ((x - place[0]) ** 2 + (y - place[1]) ** 2 < (REACH * width) ** 2)
             if seen.sum() >= max(3, LEAST_SEEN * size):
                 place = torch.stack([x[seen].mean(), y[seen].mean()])
             paths[i, t] = place

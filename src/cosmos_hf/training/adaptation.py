@@ -281,13 +281,15 @@ def comparing(config: AdapterSettings, device) -> torch.autocast:
 
 
 def sensitivities(model: nn.Module, loss, batches, datasets: dict[str, LatentDataset], batch_size: int) -> dict:
-    """`loss.sensitivity` on every validation set, in batches of two samples or more."""
+    """`loss.sensitivity` on every validation set, in batches of two samples or more; what collating draws is the same each time."""
     figures, device = {}, next(model.parameters()).device
     for name, dataset in datasets.items():
         measured = []
-        for batch in in_order(dataset, max(2, batch_size), batches.collate):
-            if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
-                measured.append(loss.sensitivity(model, to_device(batch, device)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for batch in in_order(dataset, max(2, batch_size), batches.collate):
+                if len(batch["tokens" if "tokens" in batch else "latents"]) > 1:
+                    measured.append(loss.sensitivity(model, to_device(batch, device)))
         for figure in measured[0] if measured else ():
             figures[f"{name}_{figure}"] = sum(part[figure] for part in measured) / len(measured)
     return figures

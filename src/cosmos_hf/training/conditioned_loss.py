@@ -97,6 +97,7 @@ class ConditionedLoss(DiffusionLoss):
         Of views it is what changes in the others when the first one is given whole, and is another sample's.
         `sensitivity_<name>`: rms of the output's change over rms of the output, of the frames that are not given.
         `error_ratio_<name>`: denoising error with the wrong condition over that with the right one; above 1 where it is of use.
+        With `contrast` also `contrast_ratio`, the same for another text of the same scene.
         NaN for a single sample. Leaves the random generators as they are.
         """
         figures, size, counts = {}, len(batch["latents"]), self.equal_counts(batch, 1)
@@ -119,6 +120,10 @@ class ConditionedLoss(DiffusionLoss):
             change = (other - output).square().mean().sqrt() / output.square().mean().sqrt()
             figures[f"sensitivity_{name}"] = float(change) if size > 1 else float("nan")
             figures[f"error_ratio_{name}"] = float(wrong / right) if size > 1 else float("nan")
+        if self.config.contrast:
+            right, _ = first_given
+            wrong, _ = self._evaluate(model, batch | {"text": batch["other_text"]}, counts)
+            figures["contrast_ratio"] = float(wrong / right)
         return figures
 
     def _evaluate(

@@ -271,11 +271,17 @@ def to_device(batch: dict, device) -> dict:
 
 
 class Stop:
-    """A time budget, and SIGTERM and SIGINT: the run ends after the current step with a checkpoint."""
+    """A time budget, and SIGTERM and SIGINT: the run ends after the current step with a checkpoint; asked again, at once.
+
+    A launcher passes on a signal that the terminal sent to all processes, so that it comes twice: within `TWICE` seconds that is
+    once.
+    """
+
+    TWICE = 5.0
 
     def __init__(self, minutes: float):
         self._deadline = time.monotonic() + minutes * 60 if minutes else math.inf
-        self._asked, self._handlers = False, {}
+        self._asked, self._handlers = None, {}  # when it was asked
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only there handlers can be set
@@ -287,13 +293,15 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, *_):
-        if self._asked:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            logger.warning("stopping after this step, with a checkpoint")
+        elif now - self._asked > self.TWICE:
             raise KeyboardInterrupt
-        self._asked = True
-        logger.warning("stopping after this step, with a checkpoint")
 
     def wanted(self, accelerator: Accelerator) -> bool:
-        mine = self._asked or time.monotonic() > self._deadline
+        mine = self._asked is not None or time.monotonic() > self._deadline
         if accelerator.num_processes == 1:
             return mine
         return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "max"))

@@ -1,9 +1,10 @@
-"""The table-top world with a robot that stands still, where things move by themselves: one rises or slides, and the caption says
-which and where to.
+"""The table-top world with a robot that stands still, where things move by themselves, as if they were told to: "Push the red cube
+to the left", and it slides there; "Pick up the red cube", and it rises.
 
 What such a clip shows is decided by its text alone and from its first frame on. A small model learns from a few thousand of them
-what the names mean, which it does not from clips of a robot at work, where most of the picture is the arm's. Four clips in a row
-show one scene, in which each of two or three things moves.
+what the names mean, which it does not from clips of a robot at work, where most of the picture is the arm's. The words are those
+that `tabletop_instructions` tells the robot: what a name meant in "The red cube slides" a nano model did not know in "Push the
+red cube". Four clips in a row show one scene, in which each of two or three things moves.
 """
 
 from dataclasses import dataclass
@@ -19,16 +20,15 @@ from .tabletop_scene import SceneSpec, build_model, camera_pose, sample_scene
 
 __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulate"]
 
-VERSION = 1
+VERSION = 2
 NUM_FRAMES = 17
-RISES = "rises into the air"
 
 
 @dataclass
 class _Move:
     """An even motion, and then rest."""
 
-    text: str  # after "The red cube"
+    text: str  # with {} for the name of what moves
     along: np.ndarray  # [3] of length 1, in the world
     distance: float  # metres
     steps: int  # frames until it is there
@@ -64,7 +64,7 @@ def simulate(
     return ToldEpisode(
         scene=scene,
         kind="objects",
-        caption=f"The {scene.objects[target].name} {move.text}.",
+        caption=move.text.format(scene.objects[target].name),
         frames=np.array(take.frames),
         states=states,
         actions=actions,
@@ -90,8 +90,8 @@ def _draw_move(scene: SceneSpec, rng: np.random.Generator) -> _Move:
     """Half of the moves go up, since there an object is in nobody's way; the others along the picture's axes on the table."""
     distance, steps = rng.uniform(0.06, 0.10), int(rng.integers(4, 8))
     if rng.random() < 0.5:
-        return _Move(RISES, np.array([0, 0, 1.0]), distance, steps)
+        return _Move("Pick up the {}.", np.array([0, 0, 1.0]), distance, steps)
     axes = camera_pose(scene)[1]
     along = axes[[0, 2][rng.integers(2)]] * rng.choice([-1.0, 1.0]) * [1, 1, 0]
     along /= np.linalg.norm(along)
-    return _Move(f"slides {direction_in_view(along, axes)}", along, distance, steps)
+    return _Move(f"Push the {{}} {direction_in_view(along, axes)}.", along, distance, steps)
