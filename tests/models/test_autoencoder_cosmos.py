@@ -155,7 +155,8 @@ def test_discrete_in_bf16_equals_float32_quantisation():
 @pytest.mark.parametrize("kind", [dict(), dict(quantizer="fsq", latent_channels=6)])
 def test_gradient_reaches_every_parameter(kind):
     model = tiny_video(**kind).train()
-    video = torch.rand(2, 3, 9, 16, 16) * (torch.rand(2, 3, 9, 1, 1) * 2 - 1)
+    # Of smaller frames some seeds, and some processors, find no two latent frames with different codes.
+    video = torch.rand(2, 3, 9, 32, 32) * (torch.rand(2, 3, 9, 1, 1) * 2 - 1)
     with torch.no_grad():  # spread the codes: equal ones leave nothing for attention to tell apart
         features = model.encoder(video.permute(0, 2, 3, 4, 1))
         model.quant_conv.weight /= features.std(1).mean()

@@ -31,8 +31,9 @@ def test_estimates_are_the_measured_peaks(video2world, tmp_path, dtype):
         }
     assert min(real.values()) > 10_000
     for name, peak in real.items():
-        # the processor's attention kernel takes 0.15 MB for itself in bfloat16, which weighs in models as small as these
-        tolerance = 0.25 if dtype == torch.bfloat16 and name != "vae" else 0.05
+        # In bfloat16 the processor's attention kernel takes 0.15 MB for itself, and one with tile units (AMX) 0.35 MB, which weighs
+        # in models as small as these.
+        tolerance = 0.25 if dtype == torch.bfloat16 else 0.05
         model = dict(text_encoder=encoder, transformer=transformer, vae=vae)[name]
         assert agree(estimate.activations[name], peak, model, tolerance), (name, estimate.activations[name], peak)
     assert estimate.weights["text_encoder"] == sum(p.nbytes for p in encoder.parameters())
