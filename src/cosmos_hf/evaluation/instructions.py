@@ -22,9 +22,7 @@ TRUE_MOVE, TRUE_RISE = 0.03, 0.06  # metres, by the simulator's state: instructi
 SEEN_MOVE, SEEN_RISE = 0.02, 0.03  # metres, in the picture: less is no motion
 WAY = 0.5  # cosine between a motion and the direction told: within 60 degrees, as captions round to 90
 REACH = 0.12  # of the frame's width: how far an object gets from one frame to the next
-OTHER_COLOR = (
-    0.1  # between two objects' colours, of length 1 each: with less they are told apart by their places alone
-)
+OTHER_COLOR = 0.1  # between colours of length 1: objects nearer than that are told apart by their places alone
 LEAST_SEEN = 0.35  # of an object's pixels: with fewer it is hidden, and taken to rest
 
 _WAYS = "|".join(DIRECTIONS)
