@@ -105,6 +105,17 @@ def test_things_that_move_by_themselves_are_judged_alike(renderer):
     assert figures["copy_last_frame"]["object"]["mean"] == figures["swapped"]["followed"]["mean"] == 0
 
 
+def test_an_object_is_not_taken_for_one_of_a_near_colour():
+    """An orange square passes a yellow one that rests, and hides it for a while."""
+    frames, mask = torch.full((3, 12, 96, 128), 0.2), torch.zeros(96, 128, dtype=torch.long)
+    for t in range(12):
+        frames[:, t, 40:48, 50:58] = torch.tensor([0.9, 0.75, 0.1]).view(3, 1, 1)
+        frames[:, t, 42:50, 30 + 5 * t : 38 + 5 * t] = torch.tensor([0.95, 0.55, 0.1]).view(3, 1, 1)
+    mask[40:48, 50:58], mask[42:50, 30:38] = 2, 3
+    rests, passes = follow_objects(frames * 2 - 1, frames[:, 0] * 2 - 1, mask)
+    assert (rests - rests[0]).abs().max() < 4 and passes[-1, 0] - passes[0, 0] == pytest.approx(55, abs=1)
+
+
 def test_noise_and_darkness_do_not_matter(samples):
     for sample in samples:
         video = as_float(sample)

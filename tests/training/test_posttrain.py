@@ -482,6 +482,11 @@ def test_an_adapter_of_another_shape_is_not_gone_on_from(make, adapters, more, m
         assemble(make("action", **(dict(action_spec="", init_adapter=str(adapters / "action")) | more)))
 
 
+def test_a_folder_without_an_adapter_is_said_before_clips_are_read(make, tmp_path):
+    with pytest.raises(FileNotFoundError, match="conditions.json is missing: init_adapter must be a folder"):
+        make("action", init_adapter=str(tmp_path))
+
+
 def test_an_adapter_may_read_the_text_once_more(make, pipe, tmp_path):
     plain = generate(pipe)
     trained = adapter_of(make("instruction", text_refiner_layers=1), tmp_path / "adapter")

@@ -28,7 +28,7 @@ def find_action_spec(
     if "trajectory" in config.conditions:
         fps = data[0]["fps"]
         spec = trajectory_spec(config.trajectory_points * fps / (config.num_frames - 1))
-        if config.init_adapter:
+        if config.init_adapter:  # which has its own statistics
             known = ActionSpec.load(config.init_adapter)
             known.check_same(spec)
             spec = known

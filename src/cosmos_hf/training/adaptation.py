@@ -16,7 +16,7 @@ from torch import nn
 from ..conditioning.action import FILE_NAME, ActionSpec
 from ..conditioning.views import check_view_names
 from ..data.sampling import in_order
-from ..models.condition_adapters import ConditionAdapter
+from ..models.condition_adapters import RECORD, ConditionAdapter
 from ..models.four_bit import blocks_of, check_available, four_bit_blocks
 from .cache import LatentDataset
 from .config import RunConfig
@@ -81,6 +81,11 @@ class AdapterSettings(RunConfig):
             return
         if not self.lora_rank:
             raise ValueError("init_adapter is gone on from by LoRA: lora_rank=0 would train the base's weights")
+        if not (Path(self.init_adapter) / RECORD).exists():  # said before any clip is read
+            raise FileNotFoundError(
+                f"{Path(self.init_adapter) / RECORD} is missing: init_adapter must be a folder that a run with lora_rank above 0 "
+                "exported"
+            )
         if (Path(self.init_adapter) / FILE_NAME).exists():
             if self.action_spec:
                 raise ValueError(

@@ -65,7 +65,10 @@ class ConditionedLoss(DiffusionLoss):
         batch = self.draw_views(batch)
         size, device, logs = len(batch["latents"]), batch["latents"].device, {}
         if self.calls % (self.config.log_every * self.config.gradient_accumulation) == 0:
-            logs = {name: value for name, value in self.sensitivity(model, batch).items() if name.startswith("sens")}
+            seen = {
+                name: value for name, value in batch.items() if name != "other_text"
+            }  # the step itself measures that
+            logs = {name: value for name, value in self.sensitivity(model, seen).items() if name.startswith("sens")}
         self.calls += 1
         keep = (torch.rand(size, device=device) >= self.config.condition_dropout).float()
         seen = {name: batch[name] * keep.view(-1, *[1] * (batch[name].ndim - 1)) for name in ZEROED if name in batch}
@@ -97,7 +100,7 @@ class ConditionedLoss(DiffusionLoss):
         Of views it is what changes in the others when the first one is given whole, and is another sample's.
         `sensitivity_<name>`: rms of the output's change over rms of the output, of the frames that are not given.
         `error_ratio_<name>`: denoising error with the wrong condition over that with the right one; above 1 where it is of use.
-        With `contrast` also `contrast_ratio`, the same for another text of the same scene.
+        `contrast_ratio`: the same for another text of the same scene, where the batch has `other_text`.
         NaN for a single sample. Leaves the random generators as they are.
         """
         figures, size, counts = {}, len(batch["latents"]), self.equal_counts(batch, 1)
@@ -120,7 +123,7 @@ class ConditionedLoss(DiffusionLoss):
             change = (other - output).square().mean().sqrt() / output.square().mean().sqrt()
             figures[f"sensitivity_{name}"] = float(change) if size > 1 else float("nan")
             figures[f"error_ratio_{name}"] = float(wrong / right) if size > 1 else float("nan")
-        if self.config.contrast:
+        if "other_text" in batch:
             right, _ = first_given
             wrong, _ = self._evaluate(model, batch | {"text": batch["other_text"]}, counts)
             figures["contrast_ratio"] = float(wrong / right)
