@@ -468,9 +468,6 @@ def test_a_run_goes_on_from_an_adapter(make, tmp_path, conditions, caplog):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (dict(lora_rank=2), "has lora_rank 4, this run 2"),
-        (dict(lora_alpha=8.0), "has lora_alpha 16.0, this run 8.0"),
-        (dict(lora_rank=0, lora_targets=["to_q"]), "lora_rank=0 would train the base's weights"),
         (dict(lora_targets=["to_q"]), "has not the layers of this run's lora_targets: .* weights differ"),
         (dict(action_spec="bridge"), "says itself what its actions mean: leave out action_spec=bridge"),
         (dict(action_hidden_dim=24), "adds .* to its base, this run adds .*action_hidden_dim"),
@@ -480,6 +477,20 @@ def test_a_run_goes_on_from_an_adapter(make, tmp_path, conditions, caplog):
 def test_an_adapter_of_another_shape_is_not_gone_on_from(make, adapters, more, message):
     with pytest.raises(ValueError, match=message):
         assemble(make("action", **(dict(action_spec="", init_adapter=str(adapters / "action")) | more)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(lora_rank=2), "has lora_rank 4, this run 2"),
+        (dict(lora_alpha=8.0), "has lora_alpha 16.0, this run 8.0"),
+        (dict(lora_rank=0, lora_targets=["to_q"]), "lora_rank=0 would train the base's weights"),
+    ],
+    ids=str,
+)
+def test_another_rank_is_said_before_clips_are_read(make, adapters, more, message):
+    with pytest.raises(ValueError, match=message):
+        make("action", **(dict(action_spec="", init_adapter=str(adapters / "action")) | more))
 
 
 def test_a_folder_without_an_adapter_is_said_before_clips_are_read(make, tmp_path):

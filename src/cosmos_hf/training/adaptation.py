@@ -86,6 +86,11 @@ class AdapterSettings(RunConfig):
                 f"{Path(self.init_adapter) / RECORD} is missing: init_adapter must be a folder that a run with lora_rank above 0 "
                 "exported"
             )
+        _, settings = CosmosLoraLoaderMixin.lora_state_dict(self.init_adapter, return_lora_metadata=True)
+        for name, entry in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
+            known, asked = (settings or {}).get(f"transformer.{entry}"), getattr(self, name)
+            if known != asked:
+                raise ValueError(f"init_adapter {self.init_adapter} has {name} {known}, this run {asked}")
         if (Path(self.init_adapter) / FILE_NAME).exists():
             if self.action_spec:
                 raise ValueError(
@@ -183,7 +188,7 @@ def lower_precision(transformer: nn.Module, config: AdapterSettings):
 def go_on_from(transformer: nn.Module, config: AdapterSettings, changes: dict):
     """Fill the run's LoRA and new parts, which stand at zero, with those of `init_adapter`; nothing without one.
 
-    ValueError where it is of another base, adds other conditions than `changes`, or its LoRA has another shape.
+    ValueError where it is of another base, adds other conditions than `changes`, or its LoRA is of other layers.
     """
     folder = config.init_adapter
     if not folder:
@@ -194,11 +199,7 @@ def go_on_from(transformer: nn.Module, config: AdapterSettings, changes: dict):
     if (views := adapter.record.get("views", config.views)) != config.views:
         raise ValueError(f"init_adapter {folder} has the views {views}, this run {config.views}")
     adapter.check_base(transformer)
-    lora, settings = CosmosLoraLoaderMixin.lora_state_dict(folder, return_lora_metadata=True)
-    for name, entry in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
-        known, asked = (settings or {}).get(f"transformer.{entry}"), getattr(config, name)
-        if known != asked:
-            raise ValueError(f"init_adapter {folder} has {name} {known}, this run {asked}")
+    lora = CosmosLoraLoaderMixin.lora_state_dict(folder)
     lora = {name.removeprefix("transformer."): value for name, value in lora.items()}
     layers = get_peft_model_state_dict(transformer, adapter_name="default")
     if different := sorted(lora.keys() ^ layers.keys()):
