@@ -84,6 +84,22 @@ def test_loss_falls_on_one_batch_and_every_part_learns(make):
     assert not idle, f"no gradient reaches {idle}"
 
 
+def test_compiled_blocks_train_alike(make, tmp_path):
+    settings = dict(max_steps=3, ema_width=0)
+    plain = train(make(**settings))
+    model = train(make(**settings, compile_backend="aot_eager", output_dir=str(tmp_path / "compiled")))
+    assert all(block._compiled_call_impl is not None for block in model.transformer.transformer_blocks)
+    there, here = plain.state_dict(), model.state_dict()
+    assert there.keys() == here.keys()
+    for name, value in there.items():
+        torch.testing.assert_close(here[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_compiler_is_refused(make):
+    with pytest.raises(ValueError, match="compile_backend must be one of .*inductor.*, got 'inducter'"):
+        train(make(compile_backend="inducter"))
+
+
 def test_clips_of_several_sizes_and_rates_train_together(make, clips, tmp_path):
     """Batches are of one size and rate; the figures of validation sets of one name keep apart."""
     other = tmp_path / "wide" / Path(clips).name

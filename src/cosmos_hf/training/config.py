@@ -48,6 +48,10 @@ class RunConfig:
     ema_width: float = field(default=0.1, metadata={"help": "s of the power-function EMA; 0: none"})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
     gradient_checkpointing: bool = False
+    compile_backend: str = field(
+        default="",
+        metadata={"help": "compile the network's blocks (torch.compile) by this, as inductor; empty: do not"},
+    )
     num_workers: int = field(default=0, metadata={"help": "processes that decode; 0: in the training process"})
     keep_decoded: bool = field(
         default=False, metadata={"help": "keep decoded clips in memory (num_workers must be 0)"}

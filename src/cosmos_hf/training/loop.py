@@ -28,6 +28,7 @@ from .checkpoints import Guard, Progress, TrainingError, checkpoints, newest_che
 from .config import RunConfig
 from .devices import (
     blueprint,
+    compile_blocks,
     compute_in_16_bits,
     full_copy,
     gradient_norm,
@@ -111,6 +112,7 @@ class Run:
         accelerator, config = self.accelerator, self.config
         self._sharded = is_sharded(accelerator)
         self._plan = blueprint(model) if self._sharded else None
+        compile_blocks(model, config.compile_backend)
         prepared = accelerator.prepare(model.train(), *others)
         self._model, self.bare = prepared[0], accelerator.unwrap_model(prepared[0])
         compute_in_16_bits(accelerator, self.bare, config)
