@@ -1,5 +1,6 @@
 """The training loop: exact resumption, guards, checkpoints, schedules; one process and two."""
 
+import json
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cosmos_hf.training.config import RunConfig
-from cosmos_hf.training.loop import Stop, TrainingError, checkpoints, learning_rate_factor
+from cosmos_hf.training.loop import Stop, TrainingError, checkpoints, learning_rate_factor, newest_checkpoint
 from loop_problem import losses, plain_loss, run
 
 
@@ -30,6 +31,19 @@ def test_resumed_run_repeats_every_loss_to_the_bit(tmp_path):
     averages = [torch.load(tmp_path / name / "export" / "model.pt") for name in ("straight", "cut")]
     assert torch.equal(averages[0]["weight"], averages[1]["weight"])
     assert not torch.equal(averages[0]["weight"], straight.weight)  # the export is the averaged model
+
+
+def test_a_resumed_run_has_the_settings_that_it_asks_for(tmp_path, caplog):
+    """Those of the optimizer stand in its checkpoint, too."""
+    more = dict(warmup_steps=0, log_every=1)
+    run(tmp_path, max_steps=2, learning_rate=1e-3, weight_decay=0.0, **more)
+    with caplog.at_level("INFO"):
+        run(tmp_path, max_steps=3, learning_rate=1e-4, weight_decay=0.5, cooldown_steps=0, **more)
+    assert "the learning rate is now that of this run, [0.0001]; it was [0.001]" in caplog.text
+    logged = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged == [1e-3, 1e-3, 1e-4]
+    state = torch.load(newest_checkpoint(tmp_path) / "optimizer.bin", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.5 and state["param_groups"][0]["lr"] == 1e-4
 
 
 def test_resume_off_starts_anew(tmp_path):

@@ -113,6 +113,7 @@ class Run:
         self._sharded = is_sharded(accelerator)
         self._plan = blueprint(model) if self._sharded else None
         compile_blocks(model, config.compile_backend)
+        settings = chosen_settings(scheduler, *(part for part in others if isinstance(part, torch.optim.Optimizer)))
         prepared = accelerator.prepare(model.train(), *others)
         self._model, self.bare = prepared[0], accelerator.unwrap_model(prepared[0])
         compute_in_16_bits(accelerator, self.bare, config)
@@ -124,6 +125,7 @@ class Run:
             accelerator.load_state(str(newest))
             if self.ema and not whole:
                 self.ema.load_shards(newest / "ema")
+            settings()
             logger.info("going on from %s at step %d", newest, self.progress.step)
         if config.report_to:
             settings = {k: v for k, v in vars(config).items() if not isinstance(v, list)}
@@ -225,6 +227,31 @@ def build_optimizer(parameters: list[nn.Parameter], config: RunConfig, learning_
         eps=config.epsilon,
         weight_decay=config.weight_decay,
     )
+
+
+def chosen_settings(
+    scheduler: torch.optim.lr_scheduler.LambdaLR, *optimizers: torch.optim.Optimizer
+) -> Callable[[], None]:
+    """Note the learning rates, decay and so on that a run asks for; the result brings them back after a checkpoint was loaded,
+    which has those of the run that it was cut from."""
+    rates = list(scheduler.base_lrs)
+    wanted = [
+        [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups] for part in optimizers
+    ]
+
+    def bring_back():
+        for part, groups in zip(optimizers, wanted, strict=True):
+            for group, chosen in zip(part.param_groups, groups, strict=True):
+                group.update(chosen)
+        if scheduler.base_lrs != rates:
+            logger.info("the learning rate is now that of this run, %s; it was %s", rates, scheduler.base_lrs)
+        scheduler.base_lrs = rates
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    return bring_back
 
 
 @contextmanager
