@@ -21,13 +21,14 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from . import driving, driving_front, rooms, tabletop, tabletop_instructions, tabletop_objects
+from . import driving, driving_front, rooms, tabletop, tabletop_hand, tabletop_instructions, tabletop_objects
 from .render import choose_renderer, mujoco, restart_filament
 
 WORLDS = {
     "tabletop": tabletop,
     "tabletop_instructions": tabletop_instructions,
     "tabletop_objects": tabletop_objects,
+    "tabletop_hand": tabletop_hand,
     "rooms": rooms,
     "driving": driving,
     "driving_front": driving_front,

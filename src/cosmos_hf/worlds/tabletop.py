@@ -105,6 +105,18 @@ class Robot:
         self.data.qpos[address : address + 3] = position
         mujoco.mj_forward(self.model, self.data)
 
+    def put_hand(self, position: np.ndarray, gripper: float):
+        """Set the place [3] of the gripper, which points straight down, and its opening, 0 closed to 1 open; no time passes.
+
+        Out of reach it comes as near as it can.
+        """
+        self._goal_joints, _ = self._solve(position, self._straight_down, iterations=40)
+        self._gripper = gripper
+        self.data.qpos[self._qpos] = self._goal_joints
+        opening = _FINGER_CLOSED + _FINGER_STROKE * gripper
+        self.data.qpos[self._left], self.data.qpos[self._right] = opening, -opening
+        mujoco.mj_forward(self.model, self.data)
+
     def _hold(self):
         opening = _FINGER_CLOSED + _FINGER_STROKE * self._gripper
         self.data.ctrl[:] = [*self._goal_joints, opening, -opening]

@@ -22,6 +22,7 @@ __all__ = ["FPS", "HEIGHT", "NUM_FRAMES", "SPLITS", "VERSION", "WIDTH", "simulat
 
 VERSION = 2
 NUM_FRAMES = 17
+REACH_FRAMES = 3  # in which a hand gets to the thing that moves (`tabletop_hand`)
 
 
 @dataclass
@@ -35,13 +36,21 @@ class _Move:
 
     def at(self, frame: int) -> np.ndarray:
         """The displacement [3] at a frame, in metres."""
-        return self.along * self.distance * min(1, frame / self.steps)
+        return self.along * self.distance * np.clip(frame / self.steps, 0, 1)
+
+    def grip(self, thing: np.ndarray) -> tuple[np.ndarray, float]:
+        """Where a hand at the thing is, in the world, and how far it is open: about what it lifts, behind what it pushes."""
+        if self.along[2]:
+            return np.array([*thing[:2], max(thing[2], 0.018)]), 0.35
+        return np.array([*(thing - 0.05 * self.along)[:2], 0.025]), 0.0
 
 
 def simulate(
-    split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False
+    split: str, index: int, seed: int = 0, renderer: str | None = "filament", masks: bool = False, hand: bool = False
 ) -> ToldEpisode:
     """Clip `index` of a split, a pure function of its arguments as `tabletop.simulate` is, whose arguments these are.
+
+    `hand`: the gripper goes to the thing first, and then along with it (`tabletop_hand`).
 
     Nothing falls, is pushed or collides: places are set, not simulated.
     """
@@ -56,8 +65,13 @@ def simulate(
     move = _draw_move(scene, np.random.default_rng([seed, *split.encode(), scene_index, turn]))
     take = Camera(robot.model, renderer, masks)
     start = robot.object_positions()[target].copy()
+    rest = robot.state()[:3]
     for frame in range(NUM_FRAMES):
-        robot.put_object(target, start + move.at(frame))
+        place = start + move.at(frame - REACH_FRAMES if hand else frame)
+        robot.put_object(target, place)
+        if hand and frame:
+            goal, opening = move.grip(place)
+            robot.put_hand(rest + (goal - rest) * min(1, frame / REACH_FRAMES), opening)
         take.picture(robot)
     states = np.array(take.states)
     actions = actions_from_states(states)  # which a robot that stands still was also told
