@@ -97,7 +97,9 @@ def test_video_bytes_are_repeatable_and_close_to_the_frames():
 def test_every_world_is_complete(world):
     module = WORLDS[world]
     assert module.SPLITS[0] == "train" and "val_iid" in module.SPLITS
-    assert ("val_counterfactual" in module.SPLITS) == (world not in ("tabletop_instructions", "tabletop_objects"))
+    assert ("val_counterfactual" in module.SPLITS) == (
+        world not in ("tabletop_instructions", "tabletop_objects", "tabletop_hand")
+    )
     assert (module.NUM_FRAMES - 1) % 8 == 0 and module.HEIGHT % 16 == module.WIDTH % 16 == 0
     assert module.VERSION >= 1 and module.FPS > 0 and callable(module.simulate)
 

@@ -1,4 +1,5 @@
-"""The things of `tabletop_objects`, with the robot's hand at them: in three frames it gets to what is named, and goes along with it.
+"""The things of `tabletop_objects`, with the robot's hand at them: in three frames it gets to what is named, and goes
+along with it.
 
 Between that world and `tabletop_instructions`: a hand that leaps to its object and hides a part of it, and no way there to be
 planned. Places are set, not simulated.
