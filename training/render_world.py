@@ -4,9 +4,9 @@
     python training/render_world.py --world rooms --out datasets/rooms --split val_trajectory --num_clips 50
 
 Worlds: tabletop (a robot arm, with actions), tabletop_instructions (the same, which does in every clip what it is told),
-tabletop_objects (it stands still, and the thing that a caption names moves by itself), tabletop_hand (the same, with its hand at
-that thing), rooms (a moving camera, with poses), driving (six cameras on a car, with actions and poses) and driving_front (its front
-camera alone).
+tabletop_objects (it stands still, and the thing that a caption names moves by itself), tabletop_hand (the same, with its hand
+at that thing), rooms (a moving camera, with poses), driving (six cameras on a car, with actions and poses) and driving_front (its
+front camera alone).
 Needs `pip install 'cosmos-hf[worlds]'`. A run that was cut short goes on where it stopped; equal arguments give equal clips.
 """
 
