@@ -55,7 +55,7 @@ def test_the_action_adapter_follows_the_actions():
 
 
 def test_the_instruction_adapter_does_what_it_is_told():
-    """What it expects is nearer to what happened when it is told so than in another direction or with pushing for picking."""
+    """What it expects is nearer to what happened when it is told so than with another object or with pushing for picking."""
     pipe = CosmosVideo2WorldPipeline.from_pretrained(nano_path())
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(nano_path("instruction"))
@@ -66,14 +66,15 @@ def test_the_instruction_adapter_does_what_it_is_told():
         frames = pipe(**given, generator=torch.Generator().manual_seed(0)).frames[0].transpose(0, 1) * 2 - 1
         return (frames - true).square().mean().item()
 
-    told = error("A robot arm picks up the cyan cylinder and puts it down to the right.")
+    told = error("Pick up the orange cube and lift it into the air.")
     others = [
-        f"A robot arm picks up the cyan cylinder and puts it down {way}."
-        for way in ("to the left", "towards the camera")
+        f"Push the {thing} {way}."
+        for thing in ("orange cube", "yellow ball")
+        for way in ("to the left", "to the right")
     ]
-    others.append("A robot arm pushes the cyan cylinder to the right.")
-    assert all(error(other) > 1.15 * told for other in others)
-    assert told < 0.5 * (true[:, :1] - true).square().mean().item()
+    others.append("Pick up the yellow ball and lift it into the air.")
+    assert all(error(other) > 1.1 * told for other in others)
+    assert told < 0.6 * (true[:, :1] - true).square().mean().item()
 
 
 def test_the_views_adapter_keeps_the_views_apart():
