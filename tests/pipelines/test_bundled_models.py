@@ -73,8 +73,8 @@ def test_the_instruction_adapter_does_what_it_is_told():
         for way in ("to the left", "to the right")
     ]
     others.append("Pick up the yellow ball and lift it into the air.")
-    assert all(error(other) > 1.1 * told for other in others)
-    assert told < 0.6 * (true[:, :1] - true).square().mean().item()
+    assert all(error(other) > 1.15 * told for other in others)
+    assert told < 0.5 * (true[:, :1] - true).square().mean().item()
 
 
 def test_the_views_adapter_keeps_the_views_apart():

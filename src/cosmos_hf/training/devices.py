@@ -146,6 +146,22 @@ def plain_forward(model: nn.Module) -> Iterator[nn.Module]:
             model.forward = wrapped
 
 
+@contextmanager
+def loading_alone(accelerator: Accelerator) -> Iterator[None]:
+    """Inside the block one process may load models that the others do not load: under ZeRO-3 transformers would share them out, and wait
+    for the others for ever."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        yield
+        return
+    from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
+
+
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """The part of a parameter that this process updates: ZeRO-3's flat shard, FSDP2's DTensor, else the parameter itself."""
     return getattr(parameter, "ds_tensor", parameter).detach()

@@ -33,6 +33,7 @@ from .devices import (
     full_copy,
     gradient_norm,
     is_sharded,
+    loading_alone,
     plain_forward,
     reshard,
     start_accelerator,
@@ -211,7 +212,7 @@ class Run:
         with evaluating(self.bare, self.ema):
             whole = full_copy(self.accelerator, self._model, self._plan) if self._sharded else self.bare
             if self.accelerator.is_main_process:
-                with plain_forward(whole.eval()):
+                with plain_forward(whole.eval()), loading_alone(self.accelerator):
                     self._export(whole, self.folder / "export")
         self._exported = True
 
