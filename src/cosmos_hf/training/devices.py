@@ -148,8 +148,8 @@ def plain_forward(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def loading_alone(accelerator: Accelerator) -> Iterator[None]:
-    """Inside the block one process may load models that the others do not load: under ZeRO-3 transformers would share them out, and wait
-    for the others for ever."""
+    """Inside the block one process may load models that the others do not load: under ZeRO-3 transformers would share them
+    out, and wait for the others for ever."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield
         return
