@@ -1,8 +1,11 @@
-"""Settings of every test: no network, few threads, the same draws."""
+"""Settings of every test: no network, no GPU, few threads, the same draws."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # runs would train there, and tests compare what they trained with tensors here
+)
 # Threads that wait by spinning make every test several times slower on a machine that also does something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")

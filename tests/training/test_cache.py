@@ -2,12 +2,14 @@
 
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cosmos_hf.data.clips import ClipDataset
 from cosmos_hf.models.autoencoder_cosmos import PRESETS, CosmosVideoTokenizer
+from cosmos_hf.training import devices
 from cosmos_hf.training.cache import cache_latents, cache_text, covering_starts, load_text, model_hash
 from cosmos_hf.training.text import build_text_encoder, embed_tokens, tokenize, train_vocabulary
 
@@ -130,3 +132,29 @@ def test_text_embeddings(tmp_path):
     before = times(tmp_path)
     cache_text(captions, vocabulary, encoder, tmp_path, 24, progress=False)
     assert times(tmp_path) == before
+
+
+class Moved(torch.nn.Linear):
+    """Tells where it was sent, and stays: there is no GPU where tests run."""
+
+    def __init__(self, room: bool):
+        super().__init__(1, 1)
+        self.room, self.moves = room, []
+
+    def to(self, device):
+        self.moves.append(str(device))
+        if not self.room and device.type == "cuda":
+            raise torch.OutOfMemoryError("no room")
+        return self
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_clips_are_coded_on_the_gpu_where_it_has_room(room, monkeypatch, caplog):
+    monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(device=torch.device("cuda", 1)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    model = Moved(room)
+    with pytest.raises(KeyError), devices.at_work(model):
+        assert model.moves == (["cuda:1"] if room else ["cuda:1", "cpu"])
+        raise KeyError("whatever happens, the room is free for training afterwards")
+    assert model.moves[-1] == "cpu"
+    assert ("Moved does not fit on cuda:1" in caplog.text) is not room

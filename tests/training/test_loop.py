@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import loop_problem
 from cosmos_hf.training.config import RunConfig
 from cosmos_hf.training.loop import Stop, TrainingError, checkpoints, learning_rate_factor, newest_checkpoint
 from loop_problem import losses, plain_loss, run
@@ -44,6 +45,20 @@ def test_a_resumed_run_has_the_settings_that_it_asks_for(tmp_path, caplog):
     assert logged == [1e-3, 1e-3, 1e-4]
     state = torch.load(newest_checkpoint(tmp_path) / "optimizer.bin", weights_only=True)
     assert state["param_groups"][0]["weight_decay"] == 0.5 and state["param_groups"][0]["lr"] == 1e-4
+
+
+def test_exports_are_compared_without_tf32(tmp_path, monkeypatch):
+    """In which two copies of one model differ by more than the comparison allows; training goes on with it."""
+    seen, export = [], loop_problem.export
+    monkeypatch.setattr(
+        loop_problem, "export", lambda *args: seen.append(torch.get_float32_matmul_precision()) or export(*args)
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(tmp_path, max_steps=1)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_resume_off_starts_anew(tmp_path):

@@ -124,7 +124,9 @@ class ActionSpec:
                 "sum up or split its actions"
             )
         if told := self.out_of_range(actions):
-            raise ValueError(f"{told}: another unit, frame or scale?")
+            raise ValueError(
+                f"{told}: another unit, frame or scale? Of actions that are right leave those out that are that far from all others"
+            )
         if self.gripper is not None and actions.numel():
             values = actions[..., self.names.index(self.gripper.name)]
             ends = sorted((self.gripper.open, self.gripper.closed))

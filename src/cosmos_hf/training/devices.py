@@ -71,6 +71,26 @@ def process_state() -> PartialState:
     return PartialState(cpu=_asked_for("CPU"))
 
 
+@contextmanager
+def at_work(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block a model beside the trained one (a tokenizer, a text encoder) is on this process's GPU, where there is one
+    with room for it; afterwards it is back where it was, and the room is free for training."""
+    before, device = next(model.parameters()).device, process_state().device
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "%s does not fit on %s: it works on %s, which takes longer", type(model).__name__, device, before
+        )
+        model.to(before)
+    try:
+        yield model
+    finally:
+        model.to(before)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def launched_as() -> str | None:
     """FSDP or DEEPSPEED, where the launch asks for one of them."""
     return next((kind for kind in ("FSDP", "DEEPSPEED") if _asked_for(kind)), None)
@@ -144,6 +164,17 @@ def plain_forward(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if wrapped is not None:
             model.forward = wrapped
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside the block products of float32 matrices are exact where a run has TF32: two copies of a model then agree as they must."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..models.uncertainty_cosmos import UncertaintyHead
 from ..schedulers.scheduling_edm_cosmos import CosmosEDMScheduler, with_uncertainty
 from .cache import LatentDataset, cache_latents, cache_text, load_text
 from .config import WindowSettings
-from .devices import process_state
+from .devices import at_work, process_state
 from .loop import TrainingError, to_device
 from .text import build_text_encoder, embed_tokens, load_or_train_vocabulary, tokenize
 
@@ -174,7 +174,7 @@ class Texts:
         else:
             self.tokenizer = AutoTokenizer.from_pretrained(Path(config.text_encoder) / "tokenizer")
             self.encoder = T5EncoderModel.from_pretrained(Path(config.text_encoder) / "text_encoder")
-            with process_state().main_process_first():
+            with process_state().main_process_first(), at_work(self.encoder):
                 self.paths = cache_text(
                     captions + val_captions,
                     self.tokenizer,
@@ -234,7 +234,8 @@ def build_datasets(
             views=views or config.camera or None,
         )
         share = dict(progress=config.progress, rank=state.process_index, world_size=state.num_processes, arrays=arrays)
-        return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
+        with at_work(vae):
+            return cache_latents(clips, vae, config.cache_dir, config.num_frames, starts, random, **share)
 
     train = cached(config.data, config.window_starts, True)
     validation = {}

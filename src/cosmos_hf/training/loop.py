@@ -30,6 +30,7 @@ from .devices import (
     blueprint,
     compile_blocks,
     compute_in_16_bits,
+    exact_products,
     full_copy,
     gradient_norm,
     is_sharded,
@@ -212,7 +213,7 @@ class Run:
         with evaluating(self.bare, self.ema):
             whole = full_copy(self.accelerator, self._model, self._plan) if self._sharded else self.bare
             if self.accelerator.is_main_process:
-                with plain_forward(whole.eval()), loading_alone(self.accelerator):
+                with plain_forward(whole.eval()), loading_alone(self.accelerator), exact_products():
                     self._export(whole, self.folder / "export")
         self._exported = True
 
