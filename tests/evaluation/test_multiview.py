@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from cosmos_hf.conditioning.camera_paths import joystick_path, named_trajectory
-from cosmos_hf.evaluation.geometry import Features, find_features
+from cosmos_hf.evaluation.geometry import Features, find_features, match_frames
 from cosmos_hf.evaluation.multiview import (
+    match_views,
     neighbouring_views,
     score_features,
     score_geometry,
     score_pictures,
+    seen_by_other,
     summarise_views,
 )
 from cosmos_hf.evaluation.rig_odometry import recover_rig_path
@@ -54,6 +56,33 @@ def needs_pycolmap():
 def test_neighbours_follow_from_the_cameras():
     _, intrinsics, poses = rig_clip()
     assert neighbouring_views(intrinsics, poses[:, 0], 240, 320) == [(0, 1), (1, 2)]
+
+
+def test_points_are_seen_by_another_camera_at_some_distance():
+    intrinsics, ahead = torch.tensor([[100.0, 0, 80], [0, 100, 60], [0, 0, 1]]).double(), torch.eye(4).double()
+    aside = ahead.clone()
+    aside[0, 3] = -1.0  # one metre to the right: what is d away moves by 100 / d pixels to the left
+    points = [[2.0, 60], [60, 60], [159, 60], [-5, 60]]
+    cameras = (intrinsics, ahead), (intrinsics, aside)
+    assert seen_by_other(points, *cameras, 120, 160).tolist() == [True, True, True, False]
+    assert seen_by_other(points, *cameras, 120, 160, (10.0,)).tolist() == [False, True, True, False]
+    back = (intrinsics, torch.diag(torch.tensor([-1.0, 1, -1, 1])).double())
+    assert not seen_by_other(points, cameras[1], back, 120, 160).any()
+
+
+def test_only_what_both_cameras_see_is_matched():
+    """The same window in both pictures: where both can see it, it is matched; where the other one looks past it, it is not."""
+    intrinsics, ahead = torch.tensor([[100.0, 0, 80], [0, 100, 60], [0, 0, 1]]).double(), torch.eye(4).double()
+    turn = np.deg2rad(45.0)
+    right = torch.tensor(
+        [[np.cos(turn), 0, -np.sin(turn), -1], [0, 1, 0, 0], [np.sin(turn), 0, np.cos(turn), 0], [0, 0, 0, 1]]
+    )
+    descriptors = np.eye(4, 128)
+    here = Features(np.array([[150.0, 60], [140, 80], [20, 60], [90, 60]]), descriptors, 120)
+    there = Features(np.array([[30.0, 60], [25, 80], [10, 60], [150, 60]]), descriptors, 120)
+    assert len(match_frames(here, there)[0]) == 4
+    ours, theirs = match_views(here, there, (intrinsics, ahead), (intrinsics, right.double()), 160)
+    assert ours.tolist() == [[150, 60], [140, 80]] and theirs.tolist() == [[30, 60], [25, 80]]
 
 
 def test_true_pictures_have_small_errors(needs_pycolmap):

@@ -24,7 +24,24 @@ from .rig_odometry import STILL, following_errors
 
 LEAST_OVERLAP = 0.1  # of a view's picture that another one must see to be its neighbour
 _DISTANCE = 15.0  # metres at which overlap is judged
+_FAR = 10  # doublings of two cameras' distance up to where what both see may lie
 _STEP = 4  # frames between those in which views are compared: neighbours in time have nearly the same matches
+
+
+def seen_by_other(points, camera: tuple, other: tuple, height: int, width: int, distances=None) -> torch.Tensor:
+    """Whether pixels [N, 2] of a camera, (intrinsics [3, 3], pose [4, 4]), lie in the picture of another one, bool [N], where what
+    they show is at one of the `distances` along the camera's axis; by default at any from the two cameras' own distance on."""
+    intrinsics, other_intrinsics = check_intrinsics(camera[0]), check_intrinsics(other[0])
+    pose, other_pose = check_extrinsics(camera[1]), check_extrinsics(other[1])
+    pixels = torch.as_tensor(np.asarray(points), dtype=torch.float64)
+    rays = torch.linalg.inv(intrinsics) @ torch.cat([pixels, torch.ones(len(pixels), 1, dtype=torch.float64)], dim=1).T
+    motion = other_pose @ torch.linalg.inv(pose)
+    distances = distances or [float(motion[:3, 3].norm()) * 2**k for k in range(_FAR + 1)]
+    seen = torch.zeros(len(pixels), dtype=torch.bool)
+    for distance in distances:
+        u, v, depth = other_intrinsics @ (motion[:3, :3] @ (distance * rays) + motion[:3, 3:])
+        seen |= (depth > 0) & (u >= 0) & (u < width * depth) & (v >= 0) & (v < height * depth)
+    return seen
 
 
 def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[tuple[int, int]]:
@@ -32,23 +49,34 @@ def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[
 
     Views of cameras in one place are left out: they have no epipolar geometry.
     """
-    intrinsics, extrinsics = check_intrinsics(intrinsics), check_extrinsics(extrinsics)
+    cameras = list(zip(check_intrinsics(intrinsics), check_extrinsics(extrinsics), strict=True))
     y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, width))
-    pixels = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, dtype=torch.float64)])
-    pixels = pixels.flatten(1)
+    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     pairs = []
-    for a in range(len(extrinsics)):
-        points = _DISTANCE * torch.linalg.inv(intrinsics[a]) @ pixels
-        for b in range(a + 1, len(extrinsics)):
-            motion = extrinsics[b] @ torch.linalg.inv(extrinsics[a])
-            if motion[:3, 3].norm() < STILL:
+    for a, camera in enumerate(cameras):
+        for b, other in enumerate(cameras[a + 1 :], a + 1):
+            apart = camera_centres(torch.stack([camera[1], other[1]])).diff(dim=0).norm()
+            if apart < STILL:
                 continue
-            seen = motion[:3, :3] @ points + motion[:3, 3:]
-            u, v, depth = intrinsics[b] @ seen
-            inside = (depth > 0) & (u >= 0) & (u < width * depth) & (v >= 0) & (v < height * depth)
-            if inside.double().mean() >= LEAST_OVERLAP:
+            if seen_by_other(pixels, camera, other, height, width, (_DISTANCE,)).double().mean() >= LEAST_OVERLAP:
                 pairs.append((a, b))
     return pairs
+
+
+def match_views(
+    features: Features, others: Features, camera: tuple, other: tuple, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`match_frames` of two known cameras at one moment, among the points that both can see (`seen_by_other`).
+
+    Neighbouring views share a strip of their pictures. What lies beyond it has no partner, and among windows and kerbs that look
+    alike it finds a wrong one: of the matches in true renderings of the simulated town 44 % were more than a pixel off.
+    """
+
+    def shared(frame: Features, camera: tuple, other: tuple) -> Features:
+        chosen = seen_by_other(frame.points, camera, other, frame.height, width).numpy()
+        return Features(frame.points[chosen], frame.descriptors[chosen], frame.height)
+
+    return match_frames(shared(features, camera, other), shared(others, other, camera))
 
 
 def known_sampson_error(pairs: list[tuple], height: int) -> dict[str, float | int | None]:
@@ -73,7 +101,8 @@ def score_geometry(videos: np.ndarray, intrinsics, extrinsics) -> dict[str, dict
     Returns:
         "temporal": adjacent frames of each view agree with *some* rigid motion (the paper's temporal Sampson error).
         "temporal_known": they agree with the true motion of their camera.
-        "cross_view": neighbouring views of one moment agree with the true rig (the paper's cross-view Sampson error).
+        "cross_view": neighbouring views of one moment agree with the true rig, where both can see a point (`match_views`; the
+            paper's cross-view Sampson error).
         "trajectory": `rig_odometry.following_errors`; absent for a single view.
     """
     intrinsics, extrinsics = check_intrinsics(intrinsics), check_extrinsics(extrinsics)
@@ -99,8 +128,11 @@ def score_features(features: list[list[Features]], intrinsics, extrinsics, width
                 known = fundamental_matrix(intrinsics[v], extrinsics[v, t], intrinsics[v], extrinsics[v, t + 1])
                 moved.append((*matches[v][t], known))
     for a, b in neighbouring_views(intrinsics, extrinsics[:, 0], height, width):
-        known = fundamental_matrix(intrinsics[a], extrinsics[a, 0], intrinsics[b], extrinsics[b, 0])
-        crossed += [(*match_frames(features[a][t], features[b][t]), known) for t in range(0, frames, _STEP)]
+        cameras = (intrinsics[a], extrinsics[a, 0]), (intrinsics[b], extrinsics[b, 0])
+        known = fundamental_matrix(*cameras[0], *cameras[1])
+        crossed += [
+            (*match_views(features[a][t], features[b][t], *cameras, width), known) for t in range(0, frames, _STEP)
+        ]
     error = float(np.median(found)) if len(found) else None
     result = {
         "temporal": {"error": error, "pairs": len(errors), "failed": len(errors) - len(found)},

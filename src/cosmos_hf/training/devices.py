@@ -168,7 +168,7 @@ def plain_forward(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside the block products of float32 matrices are exact where a run has TF32: two copies of a model then agree as they must."""
+    """Inside the block products of float32 matrices are exact where a run has TF32, so that two copies of a model can agree."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
