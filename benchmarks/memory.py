@@ -8,16 +8,17 @@ Prints the table and writes benchmarks/results/memory.json.
 """
 
 import argparse
+from types import SimpleNamespace
 
 import torch
 from measuring import keep, machine, seconds, show
-from peft import LoraConfig
-from torch import nn
 
 from cosmos_hf import CosmosWorldTransformer3D
-from cosmos_hf.models.four_bit import blocks_of
 from cosmos_hf.models.transformer_cosmos import PRESETS
-from cosmos_hf.training.memory import GIB, LORA_TARGETS, diffusion_step, estimate_posttraining
+from cosmos_hf.training.adaptation import add_lora, freeze
+from cosmos_hf.training.memory import GIB, diffusion_step, estimate_posttraining
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # those of `estimate_posttraining`
 
 
 def main(argv=None):
@@ -30,6 +31,7 @@ def main(argv=None):
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU, whose memory is measured")
     transformer = build(args.model)
+    torch.cuda.empty_cache()  # of the base before it was halved
     optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad])
     rows = []
     for frames in args.latent_frames:
@@ -59,23 +61,15 @@ def main(argv=None):
     print(keep("memory", dict(made_by=machine(argv), model=args.model, method="lora bfloat16", steps=rows)))
 
 
-def build(name: str) -> CosmosWorldTransformer3D:
-    """The model with LoRA of rank 16: linear layers of its blocks in bfloat16, the rest and what learns in float32."""
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+def build(name: str, device: str = "cuda") -> CosmosWorldTransformer3D:
+    """The model as a run with `base_precision: bfloat16` trains it, LoRA of rank 16 in all blocks."""
+    settings = SimpleNamespace(
+        base_precision="bfloat16", mixed_precision="bf16", lora_rank=16, lora_alpha=16.0, lora_targets=TARGETS
+    )
+    with torch.device(device):
         transformer = CosmosWorldTransformer3D(**PRESETS[name])
-    torch.set_default_dtype(torch.float32)
-    layers = [layer for layer in blocks_of(transformer).modules() if isinstance(layer, nn.Linear)]
-    halved = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    for tensor in [*transformer.parameters(), *transformer.buffers()]:
-        if tensor.is_floating_point() and id(tensor) not in halved:
-            tensor.data = tensor.data.float()
-    transformer.requires_grad_(False)
-    with torch.device("cuda"):
-        transformer.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS["diffusion"]))
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        freeze(transformer, settings)
+        add_lora(transformer, settings, "transformer_blocks")
     transformer.enable_gradient_checkpointing()
     return transformer.train()
 

@@ -3,9 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # runs would train there, and tests compare what they trained with tensors here
-)
+# Runs would train on a GPU, and tests compare what they trained with tensors of the processor.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads that wait by spinning make every test several times slower on a machine that also does something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cosmos_hf.training.memory import GIB, estimate_posttraining
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -54,3 +57,18 @@ def test_memory_is_measured_as_the_speed_was_and_loses_nothing(benchmark, tmp_pa
         main(ONCE)
     assert asked == [("ours", "tiny", "--prompt", "24", "--dtype", "bfloat16", "--device", "cpu")]
     assert json.loads((tmp_path / "autoregressive.json").read_text())["tiny"]["rows"] == ["timed"]
+
+
+def test_memory_is_measured_of_what_a_run_trains(benchmark, capsys):
+    names = benchmark("memory")
+    transformer = names["build"]("tiny-video2world", "cpu")
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    base = transformer.transformer_blocks[0].attn1.to_q.base_layer.weight
+    assert base.dtype == torch.bfloat16 and transformer.patch_embed.proj.weight.dtype == torch.float32
+    told = estimate_posttraining("tiny-video2world", "lora bfloat16", (2, 8, 8), text_length=4, average=False)
+    assert told["gradients"] * GIB == sum(p.nbytes for p in trained.values())
+    assert told["weights"] * GIB == pytest.approx(sum(p.nbytes for p in transformer.parameters()))
+    with pytest.raises(SystemExit):
+        names["main"]([])
+    assert "torch finds no CUDA GPU" in capsys.readouterr().err

@@ -125,7 +125,7 @@ class ActionSpec:
             )
         if told := self.out_of_range(actions):
             raise ValueError(
-                f"{told}: another unit, frame or scale? Of actions that are right leave those out that are that far from all others"
+                f"{told}: another unit, frame or scale? If it is right, it is too far from what the model knows: leave it out"
             )
         if self.gripper is not None and actions.numel():
             values = actions[..., self.names.index(self.gripper.name)]

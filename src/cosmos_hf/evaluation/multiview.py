@@ -30,7 +30,8 @@ _STEP = 4  # frames between those in which views are compared: neighbours in tim
 
 def seen_by_other(points, camera: tuple, other: tuple, height: int, width: int, distances=None) -> torch.Tensor:
     """Whether pixels [N, 2] of a camera, (intrinsics [3, 3], pose [4, 4]), lie in the picture of another one, bool [N], where what
-    they show is at one of the `distances` along the camera's axis; by default at any from the two cameras' own distance on."""
+    they show is at one of the `distances` along the camera's axis, in the poses' unit; None: at any of the two cameras' own
+    distance and its doublings up to 2 ** `_FAR`. Both pictures have one size."""
     intrinsics, other_intrinsics = check_intrinsics(camera[0]), check_intrinsics(other[0])
     pose, other_pose = check_extrinsics(camera[1]), check_extrinsics(other[1])
     pixels = torch.as_tensor(np.asarray(points), dtype=torch.float64)
@@ -50,13 +51,13 @@ def neighbouring_views(intrinsics, extrinsics, height: int, width: int) -> list[
     Views of cameras in one place are left out: they have no epipolar geometry.
     """
     cameras = list(zip(check_intrinsics(intrinsics), check_extrinsics(extrinsics), strict=True))
+    centres = camera_centres(extrinsics)
     y, x = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, width))
     pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     pairs = []
     for a, camera in enumerate(cameras):
         for b, other in enumerate(cameras[a + 1 :], a + 1):
-            apart = camera_centres(torch.stack([camera[1], other[1]])).diff(dim=0).norm()
-            if apart < STILL:
+            if (centres[b] - centres[a]).norm() < STILL:
                 continue
             if seen_by_other(pixels, camera, other, height, width, (_DISTANCE,)).double().mean() >= LEAST_OVERLAP:
                 pairs.append((a, b))

@@ -33,6 +33,7 @@ from ..data.clips import BROKEN, ClipDataset
 from ..data.samples import content_hash, window_arrays
 from ..data.video import to_float
 from ..models.autoencoder_cosmos import CosmosVideoTokenizer
+from .devices import at_work
 from .text import embed_tokens, tokenize
 
 logger = logging.getLogger(__name__)
@@ -247,18 +248,26 @@ def cache_text(
     length: int,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Caption -> file of its embeddings [N, D] up to the text's end, in the encoder's dtype; `load_text` pads them."""
+    """Caption -> file of its embeddings [N, D] up to the text's end, in the encoder's dtype; `load_text` pads them.
+
+    The encoder works on the GPU where it has room, and is moved there only for captions that are new.
+    """
     folder = Path(folder) / f"text-{model_hash(encoder)}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for caption in tqdm(sorted(set(captions)), desc="texts", unit="text", disable=not progress):
+    paths, new = {}, {}
+    for caption in sorted(set(captions)):
         ids, mask = tokenize(tokenizer, [caption], length)
         digest = hashlib.sha256(json.dumps(ids[mask.bool()].tolist()).encode()).hexdigest()[:32]
         paths[caption] = folder / f"{digest}.safetensors"
         if not paths[caption].exists():
+            new[paths[caption]] = ids, mask
+    if not new:
+        return paths
+    with at_work(encoder):
+        for path, (ids, mask) in tqdm(new.items(), desc="texts", unit="text", disable=not progress):
             embeds = embed_tokens(encoder, ids.to(encoder.device), mask.to(encoder.device))[0, : int(mask.sum())]
             embeds = embeds.cpu().contiguous()
-            _write(paths[caption], lambda temporary, embeds=embeds: save_file({"embeds": embeds}, temporary))
+            _write(path, lambda temporary, embeds=embeds: save_file({"embeds": embeds}, temporary))
     return paths
 
 

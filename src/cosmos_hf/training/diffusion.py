@@ -174,7 +174,7 @@ class Texts:
         else:
             self.tokenizer = AutoTokenizer.from_pretrained(Path(config.text_encoder) / "tokenizer")
             self.encoder = T5EncoderModel.from_pretrained(Path(config.text_encoder) / "text_encoder")
-            with process_state().main_process_first(), at_work(self.encoder):
+            with process_state().main_process_first():
                 self.paths = cache_text(
                     captions + val_captions,
                     self.tokenizer,
