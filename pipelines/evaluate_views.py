@@ -4,7 +4,8 @@
 
 For every set and every way of giving frames: `frames` gives the first frame of each view, `view` the whole of the first view.
 Beside the model's figures stand those of the true videos and of their reconstruction by the tokenizer, the best that the model
-could reach; with `--compare_base` also those of the base that continues each view by itself.
+could reach; with `--compare_base` also those of the base that continues each view by itself. Sampson errors leave out frames
+that were given; those of the true videos are of the same frames.
 Needs `pip install 'cosmos-hf[geometry]'`.
 """
 
@@ -97,12 +98,13 @@ def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
 
 
 def score(videos: torch.Tensor, sample: dict, kind: str) -> dict:
-    camera, frames = sample["camera"], videos.shape[2]
+    camera, frames, others = sample["camera"], videos.shape[2], len(videos) - 1
+    given = [frames] + [0] * others if kind == "view" else [1] + [1] * others
     pictures = to_uint8(videos).permute(0, 2, 3, 4, 1).numpy()
-    figures = {"geometry": score_geometry(pictures, camera["intrinsics"], camera["extrinsics"])}
+    figures = {"geometry": score_geometry(pictures, camera["intrinsics"], camera["extrinsics"], given)}
+    if kind == "reconstruction":
+        given = [0] * len(videos)
     if kind != "truth":
-        given = [0] * len(videos) if kind == "reconstruction" else [1] * len(videos)
-        given = [frames] + [0] * (len(videos) - 1) if kind == "view" else given
         figures["psnr"] = score_pictures(videos, to_float(sample["video"]), given)
     return figures
 

@@ -110,6 +110,22 @@ def test_exchanged_views_and_ways_have_large_ones(needs_pycolmap):
     assert blank["cross_view"] == {"error": None, "matches": 0, "pairs": 2} and blank["trajectory"]["failed"] == 1
 
 
+def test_frames_that_were_given_do_not_count(needs_pycolmap):
+    """A rig that stands still, whose views are exchanged after the first frame, which was given and hides that."""
+    (_, intrinsics, poses), true = rig_clip(), features_of_the_truth()
+    poses = poses[:, :1].expand(-1, 5, -1, -1)
+    features = [[true[i][0], *[true[other][0]] * 4] for i, other in enumerate((1, 0, 2))]
+    flattered = score_features(features, intrinsics, poses, 320)
+    honest = score_features(features, intrinsics, poses, 320, given=[1, 1, 1])
+    assert flattered["cross_view"]["pairs"] == 4 and honest["cross_view"]["pairs"] == 2
+    assert honest["cross_view"]["error"] > 5 * flattered["cross_view"]["error"]
+    assert flattered["temporal"]["pairs"] == honest["temporal"]["pairs"] == 12  # no two of them were given
+    one_whole = score_features(features, intrinsics, poses, 320, given=[5, 0, 0])
+    assert one_whole["temporal"]["pairs"] == 8 and one_whole["cross_view"] == flattered["cross_view"]
+    with pytest.raises(ValueError, match="says of 2 views how many frames they were given; there are 3"):
+        score_features(true, intrinsics, rig_clip()[2], 320, given=[1, 1])
+
+
 def test_pictures_are_compared_where_they_were_generated():
     truth = torch.rand(3, 3, 9, 16, 16) * 2 - 1
     generated = truth.clone()

@@ -92,12 +92,15 @@ def known_sampson_error(pairs: list[tuple], height: int) -> dict[str, float | in
     return {"error": error, "matches": len(matches), "pairs": len(pairs)}
 
 
-def score_geometry(videos: np.ndarray, intrinsics, extrinsics) -> dict[str, dict]:
+def score_geometry(videos: np.ndarray, intrinsics, extrinsics, given: list[int] | None = None) -> dict[str, dict]:
     """Geometry of views, uint8 [V, T, H, W, 3], against the cameras that they should be seen through.
 
     Args:
         intrinsics: [V, 3, 3].
         extrinsics: [V, T, 4, 4] world to camera.
+        given: [V], how many first frames of each view the model was given. Sampson errors leave out pairs of frames that were
+            both given, which flatter it: they agree as the true ones do. None is none. The way is followed from the first frame
+            on, given or not.
 
     Returns:
         "temporal": adjacent frames of each view agree with *some* rigid motion (the paper's temporal Sampson error).
@@ -110,21 +113,29 @@ def score_geometry(videos: np.ndarray, intrinsics, extrinsics) -> dict[str, dict
     views, frames, height, width = videos.shape[:4]
     if extrinsics.shape[:2] != (views, frames):
         raise ValueError(f"extrinsics {tuple(extrinsics.shape)} do not fit {views} views of {frames} frames")
-    return score_features(
-        [[find_features(frame) for frame in video] for video in videos], intrinsics, extrinsics, width
-    )
+    features = [[find_features(frame) for frame in video] for video in videos]
+    return score_features(features, intrinsics, extrinsics, width, given)
 
 
-def score_features(features: list[list[Features]], intrinsics, extrinsics, width: int) -> dict[str, dict]:
+def score_features(
+    features: list[list[Features]], intrinsics, extrinsics, width: int, given: list[int] | None = None
+) -> dict[str, dict]:
     """`score_geometry` of frames whose features [V][T] are known."""
     height, views, frames = features[0][0].height, len(features), len(features[0])
+    given = [0] * views if given is None else given
+    if len(given) != views:
+        raise ValueError(
+            f"given {given} says of {len(given)} views how many frames they were given; there are {views}"
+        )
     matches = [[match_frames(view[t], view[t + 1]) for t in range(frames - 1)] for view in features]
-    errors = np.array([sampson_error_of_matches(*pair, height) for view in matches for pair in view])
+    starts = [max(count - 1, 0) for count in given]  # of the pairs of frames that are not both given
+    pairs = [pair for view, start in zip(matches, starts, strict=True) for pair in view[start:]]
+    errors = np.array([sampson_error_of_matches(*pair, height) for pair in pairs])
     found = errors[np.isfinite(errors)]
     moved, crossed = [], []
     for v in range(views):
         centres = camera_centres(extrinsics[v])
-        for t in range(frames - 1):
+        for t in range(starts[v], frames - 1):
             if (centres[t + 1] - centres[t]).norm() > STILL:
                 known = fundamental_matrix(intrinsics[v], extrinsics[v, t], intrinsics[v], extrinsics[v, t + 1])
                 moved.append((*matches[v][t], known))
@@ -132,7 +143,9 @@ def score_features(features: list[list[Features]], intrinsics, extrinsics, width
         cameras = (intrinsics[a], extrinsics[a, 0]), (intrinsics[b], extrinsics[b, 0])
         known = fundamental_matrix(*cameras[0], *cameras[1])
         crossed += [
-            (*match_views(features[a][t], features[b][t], *cameras, width), known) for t in range(0, frames, _STEP)
+            (*match_views(features[a][t], features[b][t], *cameras, width), known)
+            for t in range(0, frames, _STEP)
+            if t >= min(given[a], given[b])
         ]
     error = float(np.median(found)) if len(found) else None
     result = {
