@@ -4,8 +4,8 @@
 
 For every set and every way of giving frames: `frames` gives the first frame of each view, `view` the whole of the first view.
 Beside the model's figures stand those of the true videos and of their reconstruction by the tokenizer, the best that the model
-could reach; with `--compare_base` also those of the base that continues each view by itself. Sampson errors leave out frames
-that were given; those of the true videos are of the same frames.
+could reach; with `--compare_base` also those of the base that continues each view by itself. Sampson errors leave out pairs
+of frames that were both given; those of the true videos are of the pairs that count where first frames are given.
 Needs `pip install 'cosmos-hf[geometry]'`.
 """
 

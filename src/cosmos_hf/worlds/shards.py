@@ -35,7 +35,7 @@ WORLDS = {
     "driving_front": driving_front,
 }
 # On a processor with AVX-512 the x264 of PyAV 18.1 codes equal frames of 64x96 in another way each time. Its code for older
-# processors always gives one result, for other sizes the same as before, and is as fast for pictures as small as these.
+# processors always gives one result, for 96x128 the same bytes as before, and is as fast for pictures as small as these.
 _ONE_RESULT = {"x264-params": "asm=sse4"} if platform.machine().lower() in ("x86_64", "amd64") else {}
 
 
