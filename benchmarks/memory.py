@@ -8,17 +8,15 @@ Prints the table and writes benchmarks/results/memory.json.
 """
 
 import argparse
-from types import SimpleNamespace
 
 import torch
 from measuring import keep, machine, seconds, show
 
-from cosmos_hf import CosmosWorldTransformer3D
+from cosmos_hf import CosmosWorldTransformer3D, nano_path
 from cosmos_hf.models.transformer_cosmos import PRESETS
 from cosmos_hf.training.adaptation import add_lora, freeze
 from cosmos_hf.training.memory import GIB, diffusion_step, estimate_posttraining
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # those of `estimate_posttraining`
+from cosmos_hf.training.posttrain import PosttrainConfig
 
 
 def main(argv=None):
@@ -62,9 +60,12 @@ def main(argv=None):
 
 
 def build(name: str, device: str = "cuda") -> CosmosWorldTransformer3D:
-    """The model as a run with `base_precision: bfloat16` trains it, LoRA of rank 16 in all blocks."""
-    settings = SimpleNamespace(
-        base_precision="bfloat16", mixed_precision="bf16", lora_rank=16, lora_alpha=16.0, lora_targets=TARGETS
+    """The model as a run with `base_precision: bfloat16` trains it, with LoRA as it is by default."""
+    settings = PosttrainConfig(  # whose init_from must be a pipeline; the weights are drawn here
+        init_from=nano_path("video2world"),
+        conditions=["instruction"],
+        base_precision="bfloat16",
+        mixed_precision="bf16",
     )
     with torch.device(device):
         transformer = CosmosWorldTransformer3D(**PRESETS[name])

@@ -98,14 +98,13 @@ def evaluate_set(pipe, name: str, path: str, args) -> dict[str, list[dict]]:
 
 
 def score(videos: torch.Tensor, sample: dict, kind: str) -> dict:
-    camera, frames, others = sample["camera"], videos.shape[2], len(videos) - 1
-    given = [frames] + [0] * others if kind == "view" else [1] + [1] * others
+    camera, (views, _, frames) = sample["camera"], videos.shape[:3]
+    given = [frames] + [0] * (views - 1) if kind == "view" else [1] * views
     pictures = to_uint8(videos).permute(0, 2, 3, 4, 1).numpy()
     figures = {"geometry": score_geometry(pictures, camera["intrinsics"], camera["extrinsics"], given)}
-    if kind == "reconstruction":
-        given = [0] * len(videos)
     if kind != "truth":
-        figures["psnr"] = score_pictures(videos, to_float(sample["video"]), given)
+        made_from = [0] * views if kind == "reconstruction" else given  # the tokenizer makes all frames
+        figures["psnr"] = score_pictures(videos, to_float(sample["video"]), made_from)
     return figures
 
 
